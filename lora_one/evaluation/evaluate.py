@@ -69,17 +69,18 @@ def evaluate_task(
         stop_strings=task.stop_strings,
         progress=progress,
     )
+    verdicts = task.judge([reply.text for reply in replies], examples)
     rows = [
         {
             "row_id": example.row_id,
             "prompt": example.prompt,
             "reply": reply.text,
             "reference": example.reference,
-            "scores": task.score(reply.text, example),
+            "scores": scores,
             "stop_reason": reply.stop_reason,
             "tokens": reply.tokens,
         }
-        for example, reply in zip(examples, replies, strict=True)
+        for example, reply, scores in zip(examples, replies, verdicts, strict=True)
     ]
     seconds = time.perf_counter() - start
     metrics = {

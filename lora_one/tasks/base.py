@@ -26,12 +26,15 @@ class Example:
         prompt: The text given to the model, template applied.
         target: The text the model learns to reply.
         reference: The gold answer as the source writes it, or None where there is none.
+        choices: The targets that come into question, ``target`` among them, where the benchmark
+            is a choice; their probabilities are compared besides reading the reply.
     """
 
     row_id: str
     prompt: str
     target: str
     reference: str | None
+    choices: tuple[str, ...] = ()
 
 
 class Verdict(TypedDict):
@@ -73,6 +76,7 @@ class Task(ABC):
         scorers: Names of the verdicts that ``score`` gives, the primary one first.
         primary_metric: The key of ``summarise`` that the comparison table shows.
         stop_strings: A reply ends where one of these begins.
+        executes_code: Scoring runs the replies as programs, which needs the user's consent.
         counts: Filled by ``load``: per split, the rows read, kept and left out, and why.
         sources: Filled by ``load``: per split, the file and its SHA-256, or hub id and revision.
     """
@@ -82,6 +86,7 @@ class Task(ABC):
     scorers: ClassVar[tuple[str, ...]]
     primary_metric: ClassVar[str] = "accuracy"
     stop_strings: ClassVar[tuple[str, ...]] = ()
+    executes_code: ClassVar[bool] = False
 
     def __init__(self) -> None:
         self.counts: dict[str, dict[str, int]] = {}
@@ -107,6 +112,12 @@ class Task(ABC):
     @abstractmethod
     def score(self, reply: str, example: Example) -> dict[str, Verdict]:
         """Judge one raw reply; one verdict per name in ``scorers``."""
+
+    def judge(
+        self, replies: Sequence[str], examples: Sequence[Example]
+    ) -> list[dict[str, Verdict]]:
+        """Judge many replies, in order; a task whose judging is slow does it side by side."""
+        return [self.score(reply, e) for reply, e in zip(replies, examples, strict=True)]
 
     def summarise(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
         """Turn per-row verdicts into metrics.
@@ -144,9 +155,14 @@ def check_split(split: str) -> None:
 
 
 def make_example(
-    split: str, index: int, prompt: str, target: str, reference: str | None
+    split: str,
+    index: int,
+    prompt: str,
+    target: str,
+    reference: str | None,
+    choices: tuple[str, ...] = (),
 ) -> Example:
     """Build an Example; ``split`` and ``index`` say where the row stands in its source."""
     # The unit separator keeps ("ab", "c") and ("a", "bc") apart.
     digest = sha256(f"{prompt}\x1f{target}".encode()).hexdigest()[:8]
-    return Example(f"{split}/{index}-{digest}", prompt, target, reference)
+    return Example(f"{split}/{index}-{digest}", prompt, target, reference, choices)
