@@ -3,6 +3,7 @@
 from importlib import import_module
 
 _HOME = {
+    "choice_log_probabilities": "choices",
     "EvaluationResult": "evaluate",
     "evaluate_task": "evaluate",
     "Reply": "generation",

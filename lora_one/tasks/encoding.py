@@ -91,9 +91,9 @@ def encode(
         )
     if not examples:
         raise InputError("there is no row to encode")
-    eos = _eos_token_id(tokenizer)
+    eos = eos_token_id(tokenizer)
     prompts = encode_prompts([e.prompt for e in examples], tokenizer, architecture=architecture)
-    targets = [[*ids, eos] for ids in _ids(tokenizer, [e.target for e in examples], special=False)]
+    targets = [[*ids, eos] for ids in encode_targets([e.target for e in examples], tokenizer)]
     rows, row_ids, dropped, shortest = [], [], [], None
     for example, prompt, target in zip(examples, prompts, targets, strict=True):
         length = (
@@ -139,6 +139,11 @@ def encode_prompts(
     return encoded
 
 
+def encode_targets(targets: Sequence[str], tokenizer: Any) -> list[list[int]]:
+    """Tokenise targets as ``encode`` does, without special tokens; training appends EOS."""
+    return _ids(tokenizer, targets, special=False)
+
+
 def token_counter(tokenizer: Any) -> CountTokens:
     """Return a function that counts the tokens of texts, special tokens included."""
 
@@ -154,7 +159,7 @@ def padding_id(tokenizer: Any) -> int:
     The attention mask, not the id, says what is padding, so EOS serves as well.
     """
     pad = tokenizer.pad_token_id
-    return _eos_token_id(tokenizer) if pad is None else pad
+    return eos_token_id(tokenizer) if pad is None else pad
 
 
 @dataclass(frozen=True)
@@ -209,7 +214,12 @@ def supervised_tokens(batch: Mapping[str, Tensor], architecture: Architecture) -
     return int((labels != IGNORED).sum())
 
 
-def _eos_token_id(tokenizer: Any) -> int:
+def eos_token_id(tokenizer: Any) -> int:
+    """Return the id that ends a target.
+
+    Raises:
+        InputError: The tokenizer has none.
+    """
     if tokenizer.eos_token_id is None:
         raise InputError(
             "the tokenizer has no EOS token, so a model could not learn where a reply ends; "
