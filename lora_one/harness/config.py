@@ -5,13 +5,13 @@ torch, so that a typing mistake is answered at once. Keys that the chosen method
 set to None, so that two command lines that mean the same run share one run id.
 """
 
-import re
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from lora_one.errors import InputError, nearest
+from lora_one.harness.task_options import check_options, describe, require_task
 
 # The groups of conf/config.yaml's defaults list.
 GROUPS = ("dataset", "model", "peft", "init", "optimizer", "tracking")
@@ -30,9 +30,6 @@ METHODS = {
 GRADIENT_METHODS = {"lora_ga", "lora_one"}
 SCALED_METHODS = GRADIENT_METHODS | {"gaussian", "kaiming", "orthogonal"}
 
-# Benchmarks whose test rows are another data set than their training rows.
-TESTED_ELSEWHERE = {"meta_math", "commonsense"}
-
 Positive = Annotated[float, Field(gt=0)]
 NotNegative = Annotated[float, Field(ge=0)]
 Count = Annotated[int, Field(gt=0)]
@@ -46,24 +43,28 @@ class Section(BaseModel):
 
 
 class DatasetConfig(Section):
-    """Which rows are learnt and scored."""
+    """Which rows are learnt and scored; keys beyond these are options of the benchmark's class."""
 
-    name: Literal["arithmetic", "commonsense", "gsm8k", "meta_math"] = Field(
-        description="benchmark"
-    )
+    model_config = ConfigDict(extra="allow")
+
+    name: str = Field(description="benchmark")
     path: str | None = Field(description="local file or folder in the benchmark's own schema")
-    test_path: str | None = Field(
-        None, description="local folder of the test benchmark, if another"
-    )
-    order: Literal["published", "shuffled"] | None = Field(
-        None, description="file order, as the published loaders in fact did, or shuffled by seed"
-    )
     train_rows: Count | None = Field(description="at most this many training rows")
     validation_rows: Count | None = Field(description="at most this many validation rows")
     test_rows: Count | None = Field(description="at most this many test rows")
     loss_on: Literal["response", "all"] = Field(description="tokens that carry loss")
     max_new_tokens: Count = Field(description="longest generated answer, in tokens")
     seed: Seed = Field(description="seed of the selection and order of rows")
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The keys that are options of this benchmark alone."""
+        return dict(self.model_extra or {})
+
+    @property
+    def common(self) -> dict[str, Any]:
+        """The keys that every benchmark has, but for its name."""
+        return {key: getattr(self, key) for key in type(self).model_fields if key != "name"}
 
 
 class ModelConfig(Section):
@@ -222,6 +223,9 @@ def validate(composed: Mapping[str, Any]) -> Config:
         config = Config.model_validate(composed)
     except ValidationError as error:
         raise InputError(_explain(error, composed)) from error
+    dataset = config.dataset
+    require_task(dataset.name)
+    check_options(dataset.name, dataset.options, dataset.common)
     _check_consistency(config)
     return config
 
@@ -307,12 +311,6 @@ def _check_consistency(config: Config) -> None:
         raise InputError("peft.use_rslora has no effect on AdaLoRA. Add peft.use_rslora=false.")
     if peft.lora_target_modules == []:
         raise InputError("peft.lora_target_modules=[] names no layer. Write all, or qv, or a list.")
-    if config.dataset.name == "meta_math" and config.dataset.order is None:
-        raise InputError("dataset.order=null: choose published or shuffled.")
-    if config.dataset.order is not None and config.dataset.name != "meta_math":
-        raise InputError("dataset.order is read by dataset=meta_math only.")
-    if config.dataset.test_path is not None and config.dataset.name not in TESTED_ELSEWHERE:
-        raise InputError("dataset.test_path is read by dataset=meta_math and commonsense only.")
 
 
 def _explain(error: ValidationError, composed: Mapping[str, Any]) -> str:
@@ -341,14 +339,7 @@ def _explain(error: ValidationError, composed: Mapping[str, Any]) -> str:
             f"optimizer.name={given}: no such optimiser.{nearest(str(given), valid)}"
             f" Valid: {', '.join(valid)}."
         )
-    message = re.sub(r"^Input should be", "expected", first["msg"]) + "."
-    if kind == "literal_error":
-        message += nearest(str(first["input"]), re.findall(r"'([^']+)'", first["msg"]))
-    return f"{key}={_shown(first['input'])}: {message}"
-
-
-def _shown(value: Any) -> str:
-    return "null" if value is None else repr(value) if isinstance(value, str) else str(value)
+    return describe(key, first["input"], [first])
 
 
 def _optimizer_names() -> list[str]:

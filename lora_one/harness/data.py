@@ -10,8 +10,9 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from lora_one.errors import InputError
-from lora_one.harness.config import TESTED_ELSEWHERE, Config, DatasetConfig
+from lora_one.harness.config import Config, DatasetConfig
 from lora_one.harness.ranks import world_size
+from lora_one.harness.task_options import arguments, has_order
 from lora_one.tasks import Example, Task, create_task
 from lora_one.tasks.encoding import Collator, EncodedRows, encode, token_counter
 
@@ -39,14 +40,7 @@ class Data:
 
 def make_task(dataset: DatasetConfig) -> Task:
     """Create the benchmark with the options that it reads."""
-    options: dict[str, Any] = {"path": dataset.path}
-    if dataset.name in TESTED_ELSEWHERE:
-        options["test_path"] = dataset.test_path
-    if dataset.name == "meta_math":
-        limits = {"train_rows": dataset.train_rows, "validation_rows": dataset.validation_rows}
-        options |= {"order": dataset.order, "seed": dataset.seed}
-        options |= {name: limit for name, limit in limits.items() if limit is not None}
-    return create_task(dataset.name, **options)
+    return create_task(dataset.name, **arguments(dataset.name, dataset.options, dataset.common))
 
 
 def load_data(config: Config, tokenizer: PreTrainedTokenizerBase, architecture: str) -> Data:
@@ -59,7 +53,7 @@ def load_data(config: Config, tokenizer: PreTrainedTokenizerBase, architecture: 
     task = make_task(dataset)
     count = token_counter(tokenizer)
     # A benchmark with an order of its own has already settled it.
-    shuffle = dataset.order is None
+    shuffle = not has_order(dataset.name)
     train = _select(task.load("train", count_tokens=count), dataset.train_rows, dataset, shuffle)
     validation = _select(
         task.load("validation", count_tokens=count), dataset.validation_rows, dataset, shuffle

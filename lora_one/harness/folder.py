@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_one.harness.config import Config
+from lora_one.harness.task_options import path_options
 
 # What changes where a run is kept or shown, not what it computes.
 NOT_PART_OF_THE_RUN = {"output_dir", "dry_run", "verbose", "evaluation", "tracking", "wandb"}
@@ -21,9 +22,10 @@ def run_id(config: Config) -> str:
     """
     settings = config.model_dump(exclude=NOT_PART_OF_THE_RUN)
     # The same folder by another relative path is the same folder, another one is not.
-    for section, key in (("model", "name"), ("dataset", "path"), ("dataset", "test_path")):
-        given = settings[section][key]
-        if given is not None and Path(given).exists():
+    paths = [("dataset", key) for key in path_options(config.dataset.name)]
+    for section, key in [("model", "name"), *paths]:
+        given = settings[section].get(key)
+        if isinstance(given, str) and Path(given).exists():
             settings[section][key] = str(Path(given).resolve())
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
     rank = f"r{config.peft.lora_r}" if config.peft.use_peft else "full"

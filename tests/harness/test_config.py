@@ -7,8 +7,10 @@ import pytest
 from omegaconf import OmegaConf
 
 from lora_one.errors import InputError
-from lora_one.harness.config import GROUPS, METHODS, Config
+from lora_one.harness.config import GROUPS, METHODS, Config, DatasetConfig
 from lora_one.harness.folder import run_id
+from lora_one.harness.task_options import parameters
+from lora_one.tasks.registry import TASKS
 
 CONF = Path(__file__).parents[2] / "conf"
 FILES = [(group, file.stem) for group in GROUPS for file in sorted((CONF / group).glob("*.yaml"))]
@@ -61,7 +63,10 @@ BAD = {
     "model.real_batch_size=33": "is not a multiple of model.per_device_batch_size=32",
     "peft=full_ft": "Add init=lora",
     "peft=adalora": "Add init=lora",
-    "dataset.order=published": "dataset.order is read by dataset=meta_math only",
+    "dataset.name=gsmk8": "dataset.name=gsmk8: no such benchmark. Did you mean 'gsm8k'?",
+    "dataset.train_rows=0": "dataset.train_rows=0: expected greater than 0",
+    "dataset.test_path=x": "dataset.test_path is read by dataset=commonsense and ",
+    "++dataset.max_new_token=3": "nothing reads this key. Did you mean 'max_new_tokens'?",
     "a=[1": "no viable alternative",
     "model.learning_rate=${nowhere}": "'nowhere' not found",
     "seed=0,1": "Add -m to run every value",
@@ -80,7 +85,15 @@ CONTRADICTIONS = [
     (["init=lora_ga", "init.stable_gamma=auto"], "Give a number, or init=lora_one"),
     (["peft=dora", "optimizer=lorafa"], "Choose another optimizer"),
     (["peft.lora_target_modules=[]"], "names no layer"),
-    (["dataset=meta_math", "dataset.order=null"], "published or shuffled"),
+    (["dataset=meta_math", "dataset.order=null"], "order=null: expected 'published' or 'shuffled'"),
+    (["dataset=meta_math", "dataset.order=shufled"], "Did you mean 'shuffled'"),
+    (
+        ["dataset=meta_math", "dataset.max_tokens=many"],
+        "max_tokens='many': expected a valid integer",
+    ),
+    (["dataset=meta_math", "++dataset.max_token=9"], "Did you mean 'max_tokens'"),
+    (["dataset=gsm8k", "dataset.strip_calculator=1"], "strip_calculator=1: expected a valid bool"),
+    (["dataset=gsm8k", "dataset.order=published"], r"order is read by .*meta_math.* not by gsm8k"),
     (["peft=full_ft", "init=lora", "optimizer=preconditioned_adamw"], "Add optimizer=adamw"),
     (["peft=adalora", "init=lora", "optimizer=lorafa"], "Choose optimizer=adamw or loraplus"),
     (["peft=adalora", "init=lora", "peft.dora=true"], "exclude each other"),
@@ -113,6 +126,15 @@ def test_a_folder_is_the_same_by_every_path(compose, tmp_path, monkeypatch):
     assert len({run_id(compose(f"model.name={name}")) for name in names}) == 1
 
 
+def test_a_test_folder_is_the_same_by_every_path(compose, tmp_path, monkeypatch):
+    (tmp_path / "rows").mkdir()
+    monkeypatch.chdir(tmp_path)
+    names = ["rows", "./rows", str(tmp_path / "rows")]
+    runs = [compose("dataset=meta_math", f"dataset.test_path={name}") for name in names]
+    assert len({run_id(config) for config in runs}) == 1
+    assert run_id(runs[0]) != run_id(compose("dataset=meta_math"))
+
+
 @pytest.mark.parametrize(
     "override",
     ["seed=1", "model.learning_rate=1e-3", "peft.lora_r=4", "init=pissa", "dataset.loss_on=all"],
@@ -133,7 +155,18 @@ def test_seeds_follow_the_one_seed_unless_set(compose):
 
 def test_the_schema_describes_exactly_the_keys_of_the_yaml_files(compose):
     """A key in a YAML file that the schema lacks cannot exist; the reverse is tested here."""
-    for group in ("dataset", "model", "peft", "init"):
+    for group in ("model", "peft", "init"):
         files = (CONF / group).glob("*.yaml")
         used = {key for file in files for key in OmegaConf.load(file)} - {"defaults"}
         assert used == set(Config.model_fields[group].annotation.model_fields)
+
+
+@pytest.mark.parametrize("name", sorted(TASKS))
+def test_every_benchmark_has_a_file_that_lists_its_options(name):
+    common = set(DatasetConfig.model_fields)
+    assert set(OmegaConf.load(CONF / "dataset" / f"{name}.yaml")) == common | set(parameters(name))
+
+
+def test_every_file_of_a_benchmark_names_one_of_the_registry():
+    names = {OmegaConf.load(file).name for file in (CONF / "dataset").glob("*.yaml")}
+    assert names == set(TASKS)
