@@ -7,6 +7,7 @@ from lora_one.tasks.grade_school import GradeSchoolTask
 from lora_one.tasks.rows import (
     Rows,
     find_split_file,
+    has_split_file,
     hold_out,
     hub_cache_holds,
     read_file,
@@ -82,10 +83,7 @@ class GSM8K(GradeSchoolTask):
         return examples
 
     def _has_validation_file(self) -> bool:
-        folder = self._folder
-        return folder is not None and any(
-            (folder / f"validation{suffix}").is_file() for suffix in (".jsonl", ".json")
-        )
+        return self._folder is not None and has_split_file(self._folder, "validation")
 
     def _read(self, split: str) -> Rows:
         if self._folder is not None:

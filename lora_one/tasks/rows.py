@@ -1,14 +1,20 @@
-"""Read rows from local JSON files or from the Hugging Face hub, and say exactly what is wrong."""
+"""Read rows from local files or from the Hugging Face hub, and say exactly what is wrong."""
 
+import gzip
 import json
+import zlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 from lora_one.errors import InputError
+from lora_one.tasks.tables import read_comma_separated, read_parquet, read_tab_separated
 
-_SUFFIXES = (".jsonl", ".json")
+# In the order in which a folder is searched; .txt is tab-separated, as MRPC comes.
+_TEXT_SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".txt")
+SUFFIXES = (".jsonl", ".json", ".jsonl.gz", ".csv", ".tsv", ".parquet")
 
 
 @dataclass(frozen=True)
@@ -38,44 +44,88 @@ class Rows:
     source: dict[str, Any]
 
 
-def read_file(path: Path) -> Rows:
-    """Read a ``.jsonl`` file (one object a line) or a ``.json`` file (one array of objects).
+def read_file(
+    path: Path, *, columns: Sequence[str] | None = None, leave_out_malformed: bool = False
+) -> Rows:
+    """Read a local file, by its suffix.
+
+    ``.jsonl`` one object a line; ``.json`` one array of objects; ``.csv`` and ``.tsv`` (or
+    ``.txt``) tables, see ``lora_one.tasks.tables``; each of them also as ``.gz``; ``.parquet``.
+
+    Args:
+        path: The file.
+        columns: Names of the columns of a table without a header line.
+        leave_out_malformed: Count lines of a ``.tsv`` with another number of columns, instead of
+            refusing them; the number is ``left_out`` in the source.
 
     Raises:
-        InputError: No such file, unknown suffix, not UTF-8, malformed JSON (with the line number),
-            an entry that is not an object, or no row at all.
+        InputError: No such file, unknown suffix, not UTF-8, malformed content (with the line
+            number), an entry that is not an object, or no row at all.
     """
     if not path.is_file():
-        raise InputError(f"{path}: no such file; {_what_is_in(path.parent)}")
-    if path.suffix not in _SUFFIXES:
-        raise InputError(f"{path}: cannot read '{path.suffix}'; expected {' or '.join(_SUFFIXES)}")
+        raise InputError(f"{path}: no such file; {what_is_in(path.parent)}")
+    suffix = path.with_suffix("").suffix if path.suffix == ".gz" else path.suffix
+    if suffix not in _TEXT_SUFFIXES and path.suffix != ".parquet":
+        raise InputError(
+            f"{path}: cannot read '{path.suffix}'; expected "
+            f"{', '.join(_TEXT_SUFFIXES)} (each also with .gz) or .parquet"
+        )
     raw = path.read_bytes()
+    left_out = 0
+    if path.suffix == ".parquet":
+        rows = [Row(*record) for record in read_parquet(path)]
+    elif suffix in (".jsonl", ".json"):
+        text = _text(path, raw)
+        rows = _read_lines(path, text) if suffix == ".jsonl" else _read_array(path, text)
+    elif suffix == ".csv":
+        records, left_out = read_comma_separated(path, _text(path, raw), columns)
+        rows = [Row(*record) for record in records]
+    else:
+        records, left_out = read_tab_separated(
+            path, _text(path, raw), columns, leave_out_malformed=leave_out_malformed
+        )
+        rows = [Row(*record) for record in records]
+    if not rows:
+        raise InputError(f"{path}: the file is empty; expected rows")
+    source = {"file": str(path), "sha256": sha256(raw).hexdigest(), "rows": len(rows)}
+    return Rows(rows, source | ({"left_out": left_out} if left_out else {}))
+
+
+def _text(path: Path, raw: bytes) -> str:
+    """Unpack where the name ends in .gz, and decode, without the mark that may open the file."""
+    if path.suffix == ".gz":
+        try:
+            raw = gzip.decompress(raw)
+        except (OSError, EOFError, zlib.error) as error:
+            raise InputError(f"{path}: not a whole gzip file ({error})") from None
     try:
-        text = raw.decode("utf-8-sig")
+        return raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise InputError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start})") from None
-    rows = _read_lines(path, text) if path.suffix == ".jsonl" else _read_array(path, text)
-    if not rows:
-        raise InputError(f"{path}: the file is empty; expected JSON rows")
-    return Rows(rows, {"file": str(path), "sha256": sha256(raw).hexdigest(), "rows": len(rows)})
+
+
+def has_split_file(folder: Path, split: str) -> bool:
+    """Say whether ``find_split_file`` would find a file."""
+    return any((folder / f"{split}{suffix}").is_file() for suffix in SUFFIXES)
 
 
 def find_split_file(folder: Path, split: str) -> Path:
-    """Return ``<folder>/<split>.jsonl`` or ``.json``.
+    """Return ``<folder>/<split>.jsonl``, or another of SUFFIXES.
 
     Raises:
-        InputError: No such folder or neither file; the message lists what is there.
+        InputError: No such folder or none of the files; the message lists what is there.
     """
     if folder.is_file():
         raise InputError(
             f"dataset.path={folder} is a file; expected a folder holding train.jsonl and test.jsonl"
         )
-    candidates = [folder / f"{split}{suffix}" for suffix in _SUFFIXES]
-    for candidate in candidates:
-        if candidate.is_file():
-            return candidate
-    wanted = " or ".join(candidate.name for candidate in candidates)
-    raise InputError(f"{folder}: no {wanted} for the {split} split; {_what_is_in(folder)}")
+    for suffix in SUFFIXES:
+        if (folder / f"{split}{suffix}").is_file():
+            return folder / f"{split}{suffix}"
+    raise InputError(
+        f"{folder}: no {split}.jsonl or {split}.json (or {', '.join(SUFFIXES[2:])}) for the "
+        f"{split} split; {what_is_in(folder)}"
+    )
 
 
 def read_hub(hub_id: str, config: str | None, split: str, revision: str | None) -> Rows:
@@ -189,7 +239,8 @@ def _kind(value: Any) -> str:
     return names.get(type(value), f"{value!r}")
 
 
-def _what_is_in(folder: Path) -> str:
+def what_is_in(folder: Path) -> str:
+    """Say what a folder holds, for a message about what it lacks."""
     if not folder.is_dir():
         return f"the folder {folder} does not exist"
     names = sorted(entry.name for entry in folder.iterdir())
