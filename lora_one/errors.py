@@ -19,5 +19,12 @@ def nearest(name: str, valid: Iterable[str]) -> str:
     return f" Did you mean '{by_lower_case[matches[0]]}'?" if matches else ""
 
 
+class NotPreparedError(InputError):
+    """A model or data set is not on this machine, and the hub cannot be asked for it.
+
+    The command line adds the command that prepares it where there is a network.
+    """
+
+
 class NonFiniteError(FloatingPointError):
     """A loss, gradient or weight is infinite or not a number; the message says where."""

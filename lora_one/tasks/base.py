@@ -59,7 +59,7 @@ class Origin:
     Attributes:
         kind: ``embedded`` (in this repository), ``local`` (``dataset.path``) or ``hub``.
         location: Folder, file or hub id.
-        available_offline: The files exist here, or the hub's cache on this machine holds the id.
+        available_offline: The files exist here, or the hub cache of this machine has them whole.
     """
 
     kind: Literal["embedded", "local", "hub"]

@@ -69,7 +69,9 @@ class Commonsense(Task):
         test_ready = self._test_folder is not None and self._test_folder.is_dir()
         if self._folder is not None:
             return Origin("local", str(self._folder), self._folder.is_dir() and test_ready)
-        return Origin("hub", HUB_ID, hub_cache_holds(HUB_ID) and test_ready)
+        return Origin(
+            "hub", HUB_ID, hub_cache_holds(HUB_ID, revision=self._revision) and test_ready
+        )
 
     def load(self, split: Split, *, count_tokens: CountTokens | None = None) -> list[Example]:
         """Read one split of all parts, in the order of the parts' names."""

@@ -56,7 +56,11 @@ class GSM8K(GradeSchoolTask):
         """Name the folder or the hub id."""
         if self._folder is not None:
             return Origin("local", str(self._folder), self._folder.is_dir())
-        return Origin("hub", HUB_ID, hub_cache_holds(HUB_ID))
+        here = all(
+            hub_cache_holds(HUB_ID, HUB_CONFIG, split, self._revision)
+            for split in ("train", "test")
+        )
+        return Origin("hub", HUB_ID, here)
 
     def load(self, split: Split, *, count_tokens: CountTokens | None = None) -> list[Example]:
         """Read one split; every row is used in exactly one of them."""

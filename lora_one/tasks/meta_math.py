@@ -78,7 +78,9 @@ class MetaMath(GradeSchoolTask):
         test_ready = self._test.origin().available_offline
         if self._path is not None:
             return Origin("local", str(self._path), self._path.exists() and test_ready)
-        return Origin("hub", HUB_ID, hub_cache_holds(HUB_ID) and test_ready)
+        return Origin(
+            "hub", HUB_ID, hub_cache_holds(HUB_ID, revision=self._revision) and test_ready
+        )
 
     def load(self, split: Split, *, count_tokens: CountTokens | None = None) -> list[Example]:
         """Read one split; ``count_tokens`` is needed for train and validation with ``max_tokens``.

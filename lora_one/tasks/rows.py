@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import re
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,11 +11,15 @@ from pathlib import Path
 from typing import Any
 
 from lora_one.errors import InputError
+from lora_one.tasks.hub import fetch_split, split_is_here
+from lora_one.tasks.reads import note_read
 from lora_one.tasks.tables import read_comma_separated, read_parquet, read_tab_separated
 
 # In the order in which a folder is searched; .txt is tab-separated, as MRPC comes.
 _TEXT_SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".txt")
 SUFFIXES = (".jsonl", ".json", ".jsonl.gz", ".csv", ".tsv", ".parquet")
+# Many a .json file on the hub has one object a line.
+_SEVERAL_OBJECTS = re.compile(r"\s*\{[^\n]*\}\s*\n\s*\{")
 
 
 @dataclass(frozen=True)
@@ -49,8 +54,9 @@ def read_file(
 ) -> Rows:
     """Read a local file, by its suffix.
 
-    ``.jsonl`` one object a line; ``.json`` one array of objects; ``.csv`` and ``.tsv`` (or
-    ``.txt``) tables, see ``lora_one.tasks.tables``; each of them also as ``.gz``; ``.parquet``.
+    ``.jsonl`` one object a line; ``.json`` one array of objects, or one object a line; ``.csv`` and
+    ``.tsv`` (or ``.txt``) tables, see ``lora_one.tasks.tables``; each of them also as ``.gz``;
+    ``.parquet``.
 
     Args:
         path: The file.
@@ -64,19 +70,28 @@ def read_file(
     """
     if not path.is_file():
         raise InputError(f"{path}: no such file; {what_is_in(path.parent)}")
-    suffix = path.with_suffix("").suffix if path.suffix == ".gz" else path.suffix
-    if suffix not in _TEXT_SUFFIXES and path.suffix != ".parquet":
+    if _suffix(path) not in _TEXT_SUFFIXES and path.suffix != ".parquet":
         raise InputError(
             f"{path}: cannot read '{path.suffix}'; expected "
             f"{', '.join(_TEXT_SUFFIXES)} (each also with .gz) or .parquet"
         )
+    read = _read(path, columns=columns, leave_out_malformed=leave_out_malformed)
+    note_read({"file": str(path.resolve()), "sha256": read.source["sha256"]})
+    return read
+
+
+def _read(
+    path: Path, *, columns: Sequence[str] | None = None, leave_out_malformed: bool = False
+) -> Rows:
+    suffix = _suffix(path)
     raw = path.read_bytes()
     left_out = 0
     if path.suffix == ".parquet":
         rows = [Row(*record) for record in read_parquet(path)]
     elif suffix in (".jsonl", ".json"):
         text = _text(path, raw)
-        rows = _read_lines(path, text) if suffix == ".jsonl" else _read_array(path, text)
+        lines = suffix == ".jsonl" or _SEVERAL_OBJECTS.match(text)
+        rows = _read_lines(path, text) if lines else _read_array(path, text)
     elif suffix == ".csv":
         records, left_out = read_comma_separated(path, _text(path, raw), columns)
         rows = [Row(*record) for record in records]
@@ -89,6 +104,10 @@ def read_file(
         raise InputError(f"{path}: the file is empty; expected rows")
     source = {"file": str(path), "sha256": sha256(raw).hexdigest(), "rows": len(rows)}
     return Rows(rows, source | ({"left_out": left_out} if left_out else {}))
+
+
+def _suffix(path: Path) -> str:
+    return path.with_suffix("").suffix if path.suffix == ".gz" else path.suffix
 
 
 def _text(path: Path, raw: bytes) -> str:
@@ -131,31 +150,34 @@ def find_split_file(folder: Path, split: str) -> Path:
 def read_hub(hub_id: str, config: str | None, split: str, revision: str | None) -> Rows:
     """Read one split of a dataset on the hub, from the cache of this machine when it is there.
 
+    Args:
+        hub_id: Id of the dataset.
+        config: One of its configurations; None where it has one only, or a default.
+        split: Name of the split in the repository.
+        revision: Branch, tag or commit; None is the newest.
+
     Raises:
-        InputError: ``datasets`` is not installed, or the hub cannot be reached and the cache does
-            not hold the dataset; the message says what to do about it.
+        NotPreparedError: The rows are not here and the hub cannot be reached.
+        InputError: The hub has no such dataset, configuration or split, or a malformed file.
     """
     try:
-        import datasets
-    except ImportError:
-        raise InputError(
-            f"reading '{hub_id}' from the hub needs the 'datasets' package: "
-            "pip install 'lora-one[harness]', or pass dataset.path=<folder with local files>"
-        ) from None
-    # Every failure of the hub client (offline mode, name resolution, a proxy, a missing or gated
-    # id, an incomplete cache) means the same to the user, and its exception types change between
-    # versions of datasets, huggingface_hub and the HTTP library below them.
-    try:
-        data = datasets.load_dataset(hub_id, config, split=split, revision=revision)
-    except Exception as error:
-        raise InputError(
-            f"cannot read '{hub_id}' from the Hugging Face hub ({type(error).__name__}: "
-            f"{_first_line(error)}). Pass dataset.path=<folder with local files>, or run once on a "
-            "machine with network so that the cache holds it"
-        ) from error
-    rows = [Row(f"{hub_id} {split} row {index}", dict(row)) for index, row in enumerate(data)]
-    source = {"hub": hub_id, "config": config, "revision": revision, "rows": len(rows)}
-    return Rows(rows, source)
+        found = fetch_split(hub_id, config, split, revision)
+    except InputError as error:
+        raise type(error)(f"{error}. Or pass dataset.path=<folder with local files>") from error
+    rows: list[Row] = []
+    for path in found.paths:
+        rows += _read(path).rows
+    rows = [Row(f"{hub_id} {split} row {i}", row.fields) for i, row in enumerate(rows)]
+    source = {
+        "hub": hub_id,
+        "config": config,
+        "split": split,
+        "revision": revision,
+        "commit": found.commit,
+        "files": found.names,
+    }
+    note_read(source)
+    return Rows(rows, source | {"rows": len(rows)})
 
 
 def hold_out(
@@ -185,15 +207,11 @@ def hold_out(
     return kept, [index for index, this in enumerate(keys) if this in chosen]
 
 
-def hub_cache_holds(hub_id: str) -> bool:
-    """Say whether this machine's hub or datasets cache has a folder for ``hub_id``."""
-    try:
-        from huggingface_hub import constants
-    except ImportError:
-        return False
-    in_hub = Path(constants.HF_HUB_CACHE) / f"datasets--{hub_id.replace('/', '--')}" / "snapshots"
-    prepared = Path(constants.HF_HOME) / "datasets" / hub_id.replace("/", "___")
-    return in_hub.is_dir() or prepared.is_dir()
+def hub_cache_holds(
+    hub_id: str, config: str | None = None, split: str = "train", revision: str | None = None
+) -> bool:
+    """Say whether ``read_hub`` would find every file it needs on this machine, whole."""
+    return split_is_here(hub_id, config, split, revision)
 
 
 def _read_lines(path: Path, text: str) -> list[Row]:
@@ -248,8 +266,3 @@ def what_is_in(folder: Path) -> str:
         return f"{folder} is empty"
     shown = ", ".join(names[:12]) + (f" and {len(names) - 12} more" if len(names) > 12 else "")
     return f"{folder} holds: {shown}"
-
-
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else "no message"

@@ -1,10 +1,8 @@
-import sys
-from types import SimpleNamespace
-
 import pytest
 
 from lora_one.errors import InputError
 from lora_one.tasks import create_task
+from lora_one.tasks.reads import reads_the_same, recorded_reads
 
 GOOD = '{"question": "1 + 1?", "answer": "1 + 1 = 2\\n#### 2"}\n'
 
@@ -72,26 +70,18 @@ def test_a_json_array_is_read_and_its_entries_are_numbered(tmp_path):
         create_task("gsm8k", path=tmp_path).load("test")
 
 
-def test_an_unreachable_hub_says_what_to_do(monkeypatch):
-    def offline(*args, **kwargs):
-        raise ConnectionError("Couldn't reach the hub\nand a stack of details")
-
-    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=offline))
-    with pytest.raises(
-        InputError, match=r"ConnectionError: Couldn't reach the hub\).*dataset\.path="
-    ):
-        create_task("gsm8k").load("test")
+def test_a_json_file_of_one_object_a_line_is_read_as_such(tmp_path):
+    (tmp_path / "test.json").write_text(GOOD * 2)
+    assert len(create_task("gsm8k", path=tmp_path).load("test")) == 2
 
 
-def test_the_hub_is_asked_for_the_published_id_and_config(monkeypatch):
-    asked = []
-
-    def load_dataset(*args, **kwargs):
-        asked.append((args, kwargs))
-        return [{"question": "1 + 1?", "answer": "#### 2"}]
-
-    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
-    task = create_task("gsm8k", revision="abc")
-    assert task.load("test")[0].reference == "2"
-    assert asked == [(("openai/gsm8k", "main"), {"split": "test", "revision": "abc"})]
-    assert task.sources["test"]["revision"] == "abc"
+def test_what_a_task_read_is_noted_and_a_change_is_noticed(tmp_path):
+    (tmp_path / "test.jsonl").write_text(GOOD)
+    with recorded_reads() as reads:
+        create_task("gsm8k", path=tmp_path).load("test")
+    assert [read["file"] for read in reads] == [str(tmp_path / "test.jsonl")]
+    assert reads_the_same(reads[0])
+    (tmp_path / "test.jsonl").write_text(GOOD * 2)
+    assert not reads_the_same(reads[0])
+    (tmp_path / "test.jsonl").unlink()
+    assert not reads_the_same(reads[0])
