@@ -28,6 +28,8 @@ class Example:
         reference: The gold answer as the source writes it, or None where there is none.
         choices: The targets that come into question, ``target`` among them, where the benchmark
             is a choice; their probabilities are compared besides reading the reply.
+        texts: What a model with a classification head reads instead of the prompt: one text, or
+            the two of a pair. Empty where the benchmark is no classification.
     """
 
     row_id: str
@@ -35,6 +37,7 @@ class Example:
     target: str
     reference: str | None
     choices: tuple[str, ...] = ()
+    texts: tuple[str, ...] = ()
 
 
 class Verdict(TypedDict):
@@ -77,6 +80,9 @@ class Task(ABC):
         primary_metric: The key of ``summarise`` that the comparison table shows.
         stop_strings: A reply ends where one of these begins.
         executes_code: Scoring runs the replies as programs, which needs the user's consent.
+        labels: The targets by class index, where the same few come into question for every row: a
+            model with a classification head has one output for each.
+        score_range: Where the answer is a number instead, its ends: such a head has one output.
         counts: Filled by ``load``: per split, the rows read, kept and left out, and why.
         sources: Filled by ``load``: per split, the file and its SHA-256, or hub id and revision.
     """
@@ -87,6 +93,8 @@ class Task(ABC):
     primary_metric: ClassVar[str] = "accuracy"
     stop_strings: ClassVar[tuple[str, ...]] = ()
     executes_code: ClassVar[bool] = False
+    labels: ClassVar[tuple[str, ...]] = ()
+    score_range: ClassVar[tuple[float, float] | None] = None
 
     def __init__(self) -> None:
         self.counts: dict[str, dict[str, int]] = {}
@@ -161,8 +169,9 @@ def make_example(
     target: str,
     reference: str | None,
     choices: tuple[str, ...] = (),
+    texts: tuple[str, ...] = (),
 ) -> Example:
     """Build an Example; ``split`` and ``index`` say where the row stands in its source."""
     # The unit separator keeps ("ab", "c") and ("a", "bc") apart.
     digest = sha256(f"{prompt}\x1f{target}".encode()).hexdigest()[:8]
-    return Example(f"{split}/{index}-{digest}", prompt, target, reference, choices)
+    return Example(f"{split}/{index}-{digest}", prompt, target, reference, choices, texts)

@@ -8,10 +8,14 @@ from lora_one.errors import InputError, nearest
 from lora_one.tasks.arithmetic import Arithmetic
 from lora_one.tasks.base import Task
 from lora_one.tasks.commonsense import Commonsense
+from lora_one.tasks.glue import GLUE
 from lora_one.tasks.gsm8k import GSM8K
 from lora_one.tasks.meta_math import MetaMath
+from lora_one.tasks.super_glue import SUPER_GLUE
 
-TASKS: dict[str, type[Task]] = {cls.name: cls for cls in (Arithmetic, Commonsense, GSM8K, MetaMath)}
+TASKS: dict[str, type[Task]] = {
+    cls.name: cls for cls in (Arithmetic, Commonsense, GSM8K, MetaMath, *GLUE, *SUPER_GLUE)
+}
 
 
 def create_task(name: str, *, path: str | Path | None = None, **options: Any) -> Task:

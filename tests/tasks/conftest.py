@@ -24,6 +24,19 @@ def real_meta_math() -> Path:
 
 
 @pytest.fixture(scope="session")
+def real_data():
+    """Return a folder of real rows, or skip."""
+
+    def folder(name: str) -> Path:
+        path = REPOSITORY.parent / "shared" / "data" / name
+        if not path.is_dir():
+            pytest.skip(f"the real rows are not in shared/data/{name} beside the repository")
+        return path
+
+    return folder
+
+
+@pytest.fixture(scope="session")
 def make_tokenizer():
     """One token a byte, except that " 4" is merged: a border between ":" and " 4" is a trap."""
 
