@@ -162,6 +162,16 @@ def check_split(split: str) -> None:
         )
 
 
+def group_accuracies(
+    rows: Sequence[Mapping[str, Any]], scorer: str, group: Callable[[Mapping[str, Any]], str]
+) -> dict[str, float]:
+    """Return ``accuracy_<group>`` by one scorer for every group that has a row."""
+    verdicts: dict[str, list[bool]] = {}
+    for row in rows:
+        verdicts.setdefault(group(row), []).append(row["scores"][scorer]["correct"])
+    return {f"accuracy_{name}": sum(v) / len(v) for name, v in sorted(verdicts.items())}
+
+
 def make_example(
     split: str,
     index: int,

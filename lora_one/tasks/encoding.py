@@ -140,7 +140,15 @@ def encode_prompts(
 
 
 def encode_targets(targets: Sequence[str], tokenizer: Any) -> list[list[int]]:
-    """Tokenise targets as ``encode`` does, without special tokens; training appends EOS."""
+    """Tokenise targets as ``encode`` does, without special tokens; training appends EOS.
+
+    A target that begins with a space continues a prompt that ends in a word ("Answer:" and " B").
+    A tokenizer that writes a space before every text by itself (SentencePiece's first "▁") is
+    given it without that space, which it would otherwise have twice; so the ids are those that
+    follow the prompt's in the joined text, for either kind of tokenizer.
+    """
+    if _prepends_space(tokenizer):
+        targets = [target.removeprefix(" ") for target in targets]
     return _ids(tokenizer, targets, special=False)
 
 
@@ -231,6 +239,12 @@ def eos_token_id(tokenizer: Any) -> int:
 def _ids(tokenizer: Any, texts: Sequence[str], *, special: bool) -> list[list[int]]:
     # Not verbose: the tokenizer would warn of rows longer than the model, which are dropped here.
     return tokenizer(list(texts), add_special_tokens=special, verbose=False)["input_ids"]
+
+
+def _prepends_space(tokenizer: Any) -> bool:
+    ids = _ids(tokenizer, ["a"], special=False)[0]
+    first = tokenizer.convert_ids_to_tokens(ids[:1])
+    return bool(first) and first[0][:1] in ("▁", "Ġ")
 
 
 def _appends_eos(tokenizer: Any) -> bool:

@@ -16,6 +16,7 @@ from lora_one.tasks.rows import (
 
 HUB_ID = "openai/gsm8k"
 HUB_CONFIG = "main"
+REVISION = "740312add88f781978c0658806c59bc2815b9866"
 
 
 class GSM8K(GradeSchoolTask):
@@ -31,7 +32,7 @@ class GSM8K(GradeSchoolTask):
         split_seed: Seed of that choice. It is no run seed: runs that differ in it train and
             validate on different rows and cannot be compared.
         strip_calculator: Remove the ``<<48/2=24>>`` calculator annotations from the targets.
-        revision: Commit of the hub dataset; None is its newest.
+        revision: Commit, tag or branch of the hub dataset; None is the pinned commit.
     """
 
     name = "gsm8k"
@@ -50,7 +51,7 @@ class GSM8K(GradeSchoolTask):
         self._held_out_rows = held_out_rows
         self._split_seed = split_seed
         self._strip_calculator = strip_calculator
-        self._revision = revision
+        self._revision = revision or REVISION
 
     def origin(self) -> Origin:
         """Name the folder or the hub id."""

@@ -1,47 +1,68 @@
-"""MetaMathQA (Yu et al. 2023, arXiv:2309.12284): training on rewritten GSM8K problems."""
+"""MetaMathQA (Yu et al. 2023, arXiv:2309.12284): training on rewritten GSM8K and MATH problems."""
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from random import Random
-from typing import Literal
+from typing import Any, Literal
 
 from lora_one.errors import InputError, nearest
-from lora_one.tasks.base import CountTokens, Example, Origin, Split, check_split, make_example
+from lora_one.tasks.base import (
+    CountTokens,
+    Example,
+    Origin,
+    Split,
+    Task,
+    Verdict,
+    check_split,
+    make_example,
+)
 from lora_one.tasks.grade_school import GradeSchoolTask
 from lora_one.tasks.gsm8k import GSM8K
+from lora_one.tasks.hendrycks_math import HendrycksMath
 from lora_one.tasks.rows import Row, Rows, hub_cache_holds, read_file, read_hub
+from lora_one.tasks.selection import Selection, in_order, select_by_group, select_in_order
 
 HUB_ID = "meta-math/MetaMathQA"
+REVISION = "aa4f34d3d2d3231299b5b03d9b3e5a20da45aa18"
 ANSWER_LINE = "\nThe answer is:"
-_ORDERS = ("published", "shuffled")
+ORDERS = ("published", "shuffled")
+SUBSETS = ("gsm_100k", "full")
 _FILE_NAMES = ("MetaMathQA-395K.json", "train.jsonl", "train.json")
-# Texts tokenised at a time: enough for the tokenizer's batching, small beside the 395,000 rows.
-_CHUNK = 2000
+_BENCHMARKS: dict[str, type[GSM8K] | type[HendrycksMath]] = {"gsm8k": GSM8K, "math": HendrycksMath}
 
 
 class MetaMath(GradeSchoolTask):
-    r"""MetaMathQA with the filter of the published LoRA-GA and LoRA-One runs; tests on GSM8K.
+    r"""MetaMathQA as the published LoRA-GA and LoRA-One runs use it; tests on GSM8K or MATH.
 
-    The filter keeps rows whose ``type`` contains "GSM" and whose text has fewer than
+    ``subset="gsm_100k"`` keeps rows whose ``type`` contains "GSM" and whose text has fewer than
     ``max_tokens`` tokens (published: 512, Llama-2's tokenizer; here the run's tokenizer); of those
     the first ``train_rows`` train and the next ``validation_rows`` validate. The target is the
     response cut before ``"\nThe answer is:"``, so it ends in GSM8K's ``#### n``.
 
-    The published loaders call ``dataset.shuffle(seed=42)`` and drop the result: their order is
-    file order, ``order="published"``. ``order="shuffled"`` permutes all rows before the filter.
+    ``subset="full"`` keeps all 395,000 rows, MATH's as well. Several rows rewrite one
+    ``original_question``: validation is ``validation_rows`` rows at most of whole original
+    questions, chosen by a seeded hash, and training is every other row. The target is the whole
+    response: many MATH rows state their answer in its last line only.
 
-    MetaMathQA rewrites each GSM8K question several times, so rewrites of one question may fall on
-    both sides of the published train/validation border: that validation loss is optimistic. The
-    test rows come from GSM8K's test split, which MetaMathQA does not use.
+    In both, no prompt is in train and in validation; rows left out for that are counted. In
+    ``gsm_100k`` two different rewrites of one question may still be on the two sides, as in the
+    published runs, so that validation loss is optimistic. The test rows come from the test splits
+    of GSM8K and MATH, which MetaMathQA does not use.
+
+    The published loaders call ``dataset.shuffle(seed=42)`` and drop the result: their order is
+    file order, ``order="published"``. ``order="shuffled"`` permutes all rows before the selection.
 
     Args:
         path: The json or jsonl file, or a folder with it; None reads the hub.
-        test_path: Folder with GSM8K's ``test.jsonl``; None reads ``openai/gsm8k`` from the hub.
+        test_path: Folder with the test benchmark's files; None reads it from the hub.
+        test_benchmark: ``gsm8k`` or ``math``.
+        subset: ``gsm_100k`` or ``full``.
         order: ``published`` or ``shuffled``.
         seed: Seed of the shuffle.
+        split_seed: Seed of the questions held out from ``full``.
         max_tokens: Rows with this many tokens or more are left out; None keeps every length.
-        train_rows: Rows for training, at most.
+        train_rows: Rows for training, at most; None is all.
         validation_rows: Rows for validation, at most.
-        revision: Commit of the hub dataset; None is its newest.
+        revision: Commit, tag or branch of the hub dataset; None is the pinned commit.
     """
 
     name = "meta_math"
@@ -51,30 +72,41 @@ class MetaMath(GradeSchoolTask):
         *,
         path: str | Path | None = None,
         test_path: str | Path | None = None,
+        test_benchmark: Literal["gsm8k", "math"] = "gsm8k",
+        subset: Literal["gsm_100k", "full"] = "gsm_100k",
         order: Literal["published", "shuffled"] = "published",
         seed: int = 0,
+        split_seed: int = 0,
         max_tokens: int | None = 512,
-        train_rows: int = 100_000,
+        train_rows: int | None = 100_000,
         validation_rows: int = 10_000,
         revision: str | None = None,
     ) -> None:
         super().__init__()
-        if order not in _ORDERS:
-            raise InputError(
-                f"dataset.order='{order}'; valid: {', '.join(_ORDERS)}.{nearest(order, _ORDERS)}"
-            )
+        for key, value, valid in (
+            ("order", order, ORDERS),
+            ("subset", subset, SUBSETS),
+            ("test_benchmark", test_benchmark, _BENCHMARKS),
+        ):
+            if value not in valid:
+                raise InputError(
+                    f"dataset.{key}='{value}'; valid: {', '.join(valid)}.{nearest(value, valid)}"
+                )
         self._path = None if path is None else Path(path)
+        self._full = subset == "full"
         self._order = order
         self._seed = seed
+        self._split_seed = split_seed
         self._max_tokens = max_tokens
         self._train_rows = train_rows
         self._validation_rows = validation_rows
-        self._revision = revision
-        self._test = GSM8K(path=test_path)
-        self._selected: tuple[CountTokens | None, list[Example]] | None = None
+        self._revision = revision or REVISION
+        self._test: Task = _BENCHMARKS[test_benchmark](path=test_path)
+        self.scorers = self._test.scorers
+        self._selected: tuple[CountTokens | None, Selection] | None = None
 
     def origin(self) -> Origin:
-        """Name where the training rows are; offline, the GSM8K test rows must be there as well."""
+        """Name where the training rows are; offline, the test rows must be there as well."""
         test_ready = self._test.origin().available_offline
         if self._path is not None:
             return Origin("local", str(self._path), self._path.exists() and test_ready)
@@ -100,67 +132,74 @@ class MetaMath(GradeSchoolTask):
             self._selected = (count_tokens, self._select(count_tokens))
         selected = self._selected[1]
         if split == "train":
-            return selected[: self._train_rows]
-        validation = selected[self._train_rows :]
-        if not validation:
+            return selected.train
+        if not selected.validation:
             raise InputError(
-                f"{self.origin().location}: only {len(selected)} rows pass the filter and training "
-                f"takes {self._train_rows}, which leaves none for validation; set "
-                f"dataset.train_rows below {len(selected)}"
+                f"{self.origin().location}: training takes {len(selected.train)} rows, which "
+                f"leaves none for validation (left out: {_counted(selected.counts)}); set "
+                f"dataset.train_rows below {len(selected.train)}"
             )
-        return validation
+        return selected.validation
 
-    def _select(self, count_tokens: CountTokens | None) -> list[Example]:
-        if self._max_tokens is not None and count_tokens is None:
-            raise InputError(
-                f"dataset.max_tokens={self._max_tokens} selects rows by length, which needs a "
-                "tokenizer: pass count_tokens=, or max_tokens=None to keep every length"
-            )
+    def score(self, reply: str, example: Example) -> dict[str, Verdict]:
+        """Judge a reply as the test benchmark does."""
+        return self._test.score(reply, example)
+
+    def judge(
+        self, replies: Sequence[str], examples: Sequence[Example]
+    ) -> list[dict[str, Verdict]]:
+        """Judge replies as the test benchmark does."""
+        return self._test.judge(replies, examples)
+
+    def summarise(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+        """Summarise as the test benchmark does."""
+        return self._test.summarise(rows)
+
+    def _select(self, count_tokens: CountTokens | None) -> Selection:
         read = self._read()
-        indexed = list(enumerate(read.rows))
-        if self._order == "shuffled":
-            Random(self._seed).shuffle(indexed)
-        wanted = self._train_rows + self._validation_rows
-        kept: list[Example] = []
-        counts = {"read": 0, "type without GSM": 0, f"{self._max_tokens} tokens or more": 0}
-        for start in range(0, len(indexed), _CHUNK):
-            chunk = indexed[start : start + _CHUNK]
-            grade_school = [pair for pair in chunk if "GSM" in pair[1].text("type")]
-            examples = [self._example(row, index) for index, row in grade_school]
-            short = self._short_enough(examples, count_tokens)
-            counts["read"] += len(chunk)
-            counts["type without GSM"] += len(chunk) - len(grade_school)
-            counts[f"{self._max_tokens} tokens or more"] += len(examples) - len(short)
-            kept += short
-            if len(kept) >= wanted:
-                break
-        if not kept:
+        rows = in_order(read.rows, self._order, self._seed)
+        # The full set is split by question, so all of it is filtered first.
+        selected = select_in_order(
+            rows,
+            self._example,
+            max_tokens=self._max_tokens,
+            count_tokens=count_tokens,
+            train_rows=None if self._full else self._train_rows,
+            validation_rows=self._validation_rows,
+        )
+        if not selected.train:
             raise InputError(
-                f"{self.origin().location}: no row passes the filter (type contains 'GSM', fewer "
-                f"than {self._max_tokens} tokens); of {counts['read']} rows read, "
-                f"{counts['type without GSM']} have another type"
+                f"{self.origin().location}: no row passes the filter; "
+                f"left out: {_counted(selected.counts)}"
             )
-        kept = kept[:wanted]
+        if self._full:
+            groups = [read.rows[_position(e)].text("original_question") for e in selected.train]
+            selected = select_by_group(
+                selected.train,
+                groups,
+                train_rows=self._train_rows,
+                validation_rows=self._validation_rows,
+                seed=self._split_seed,
+                counts=selected.counts,
+            )
         for split in ("train", "validation"):
-            rows = kept[: self._train_rows] if split == "train" else kept[self._train_rows :]
             self.sources[split] = {**read.source, "order": self._order}
-            self.counts[split] = {**counts, "kept": len(rows)}
-        return kept
+            self.counts[split] = selected.counts_of(split)
+        return selected
 
-    def _short_enough(
-        self, examples: list[Example], count_tokens: CountTokens | None
-    ) -> list[Example]:
-        if self._max_tokens is None or count_tokens is None or not examples:
-            return examples
-        # The published filter counts prompt and target joined by a space.
-        lengths = count_tokens([f"{example.prompt} {example.target}" for example in examples])
-        return [e for e, length in zip(examples, lengths, strict=True) if length < self._max_tokens]
-
-    def _example(self, row: Row, index: int) -> Example:
+    def _example(self, row: Row, index: int) -> Example | str:
+        if not self._full and "GSM" not in row.text("type"):
+            return "type without GSM"
         prompt = self.template.prompt.format(question=row.text("query"))
         solution, _, answer = row.text("response").partition(ANSWER_LINE)
-        target = self.template.target.format(answer=solution)
-        return make_example("train", index, prompt, target, answer.strip() or None)
+        target = row.text("response") if self._full else solution
+        return make_example(
+            "train",
+            index,
+            prompt,
+            self.template.target.format(answer=target),
+            answer.strip() or None,
+        )
 
     def _read(self) -> Rows:
         if self._path is None:
@@ -175,3 +214,13 @@ class MetaMath(GradeSchoolTask):
             f"{self._path}: none of {', '.join(_FILE_NAMES)} is there; it holds: {found}. "
             "Name the file itself with dataset.path=<file>"
         )
+
+
+def _position(example: Example) -> int:
+    """Return the position in the source that the row id states."""
+    return int(example.row_id.split("/")[1].split("-")[0])
+
+
+def _counted(counts: Mapping[str, int]) -> str:
+    left_out = [f"{n} {reason}" for reason, n in counts.items() if reason != "read"]
+    return f"{', '.join(left_out) or 'none'}; of {counts['read']} rows read"

@@ -10,12 +10,20 @@ from lora_one.tasks.base import Task
 from lora_one.tasks.commonsense import Commonsense
 from lora_one.tasks.glue import GLUE
 from lora_one.tasks.gsm8k import GSM8K
+from lora_one.tasks.hendrycks_math import HendrycksMath
 from lora_one.tasks.meta_math import MetaMath
 from lora_one.tasks.super_glue import SUPER_GLUE
 
-TASKS: dict[str, type[Task]] = {
-    cls.name: cls for cls in (Arithmetic, Commonsense, GSM8K, MetaMath, *GLUE, *SUPER_GLUE)
-}
+_CLASSES: tuple[type[Task], ...] = (
+    Arithmetic,
+    Commonsense,
+    GSM8K,
+    HendrycksMath,
+    MetaMath,
+    *GLUE,
+    *SUPER_GLUE,
+)
+TASKS: dict[str, type[Task]] = {cls.name: cls for cls in _CLASSES}
 
 
 def create_task(name: str, *, path: str | Path | None = None, **options: Any) -> Task:

@@ -1,9 +1,12 @@
+from pathlib import Path
+
 import pytest
 import torch
+from transformers import AutoTokenizer
 
 from lora_one.errors import InputError
 from lora_one.tasks import Collator, Example, encode, supervised_tokens, token_counter
-from lora_one.tasks.encoding import encode_prompts, padding_id
+from lora_one.tasks.encoding import encode_prompts, encode_targets, padding_id
 
 ROWS = [
     Example("train/0-a", "Q: 1?\nA: ", "40 is it", "40"),
@@ -148,3 +151,28 @@ def test_seq2seq_labels_have_their_own_width_and_decoder_inputs_come_from_the_mo
 
 def test_the_token_counter_counts_special_tokens(make_tokenizer):
     assert token_counter(make_tokenizer("<s> $A"))(["abc", ""]) == [4, 1]
+
+
+EMBEDDED = Path(__file__).resolve().parents[2] / "data" / "tiny_llama"
+SENTENCE_PIECE = Path(__file__).resolve().parents[3] / "shared" / "data" / "stories260K" / "hf"
+
+
+@pytest.mark.parametrize(
+    "folder",
+    [
+        EMBEDDED,
+        pytest.param(
+            SENTENCE_PIECE,
+            marks=pytest.mark.skipif(
+                not SENTENCE_PIECE.is_dir(), reason="needs ../shared/data/stories260K/hf"
+            ),
+        ),
+    ],
+    ids=["byte-level BPE", "SentencePiece"],
+)
+@pytest.mark.parametrize("target", [" A", " B", " C", " D", " once upon", " 42"])
+def test_a_target_that_opens_with_a_space_continues_a_word_as_in_the_joined_text(folder, target):
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    (prompt,) = encode_prompts(["Answer:"], tokenizer, architecture="causal")
+    (continuation,) = encode_targets([target], tokenizer)
+    assert prompt + continuation == tokenizer("Answer:" + target)["input_ids"]

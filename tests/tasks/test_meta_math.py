@@ -42,6 +42,7 @@ def test_the_published_selection_is_grade_school_rows_below_512_tokens_in_file_o
         "read": 20,
         "type without GSM": 5,
         "512 tokens or more": 1,
+        "prompt also in train": 0,
         "kept": 8,
     }
 
@@ -83,6 +84,69 @@ def test_the_test_split_is_gsm8k(file, tmp_path):
     assert task.origin().available_offline
 
 
+def test_a_validation_row_with_the_query_of_a_training_row_is_left_out_and_counted(tmp_path):
+    rows = [_row(0), _row(1), {**_row(1), "response": "another way\n#### 1"}, _row(2)]
+    path = tmp_path / "rows.json"
+    path.write_text(json.dumps(rows))
+    task = create_task("meta_math", path=path, max_tokens=None, train_rows=2, validation_rows=2)
+    assert _numbers(task.load("train")) == [0, 1]
+    assert _numbers(task.load("validation")) == [2]
+    assert task.counts["validation"]["prompt also in train"] == 1
+
+
+@pytest.fixture
+def rewrites(tmp_path):
+    """Ten original questions, GSM8K's and MATH's, each rewritten five times."""
+    rows = [
+        {
+            **_row(number, "MATH_AnsAug" if number % 2 else "GSM_AnsAug"),
+            "query": f"Rewrite {version} of {number}?",
+            "response": f"so\nThe answer is: {number}",
+        }
+        for version in range(5)
+        for number in range(10)
+    ]
+    path = tmp_path / "rows.json"
+    path.write_text(json.dumps(rows))
+    return path
+
+
+def test_the_full_set_is_split_by_original_question(rewrites):
+    task = create_task(
+        "meta_math", path=rewrites, subset="full", train_rows=None, validation_rows=17
+    )
+    train = task.load("train", count_tokens=count_words)
+    validation = task.load("validation", count_tokens=count_words)
+    assert (len(train), len(validation)) == (35, 15)  # whole questions: 17 rows at most
+    assert not set(_numbers(train)) & set(_numbers(validation))
+    assert {number % 2 for number in _numbers(train)} == {0, 1}  # MATH's rows, too
+    assert train[0].target.endswith("The answer is: " + train[0].reference)
+
+    def held_out(**options):
+        task = create_task(
+            "meta_math", path=rewrites, subset="full", max_tokens=None, train_rows=None,
+            validation_rows=17, **options,
+        )  # fmt: skip
+        return set(_numbers(task.load("validation")))
+
+    assert held_out() == held_out(order="shuffled", seed=3) == set(_numbers(validation))
+    assert held_out(split_seed=1) != held_out()
+
+
+def test_the_test_split_can_be_math_with_the_same_prompt(file, tmp_path):
+    row = {"problem": "1?", "solution": r"\boxed{1}", "type": "Algebra", "level": "Level 1"}
+    (tmp_path / "test.jsonl").write_text(json.dumps(row))
+    task = create_task("meta_math", path=file, test_path=tmp_path, test_benchmark="math")
+    (example,) = task.load("test")
+    assert example.prompt == "Q: 1?\nA: "
+    assert task.scorers == ("math_verify", "strict")
+    verdicts = task.judge(["The answer is: 1"], [example])
+    metrics = task.summarise([{"row_id": example.row_id, "scores": verdicts[0]}])
+    assert metrics["accuracy"] == metrics["accuracy_subject_algebra"] == 1
+    assert task.score("no", example)["math_verify"] == {"parsed": None, "correct": False}
+    assert create_task("meta_math").scorers == ("strict", "flexible", "official")
+
+
 def test_a_length_limit_needs_a_tokenizer(file):
     with pytest.raises(InputError, match="needs a tokenizer: pass count_tokens"):
         create_task("meta_math", path=file).load("train")
@@ -91,7 +155,7 @@ def test_a_length_limit_needs_a_tokenizer(file):
 def test_no_row_left_for_training_or_validation_is_an_error(file):
     task = create_task("meta_math", path=file, max_tokens=None)
     assert len(task.load("train")) == 15
-    with pytest.raises(InputError, match="only 15 rows pass the filter"):
+    with pytest.raises(InputError, match="training takes 15 rows, which leaves none"):
         task.load("validation")
     with pytest.raises(InputError, match="no row passes the filter"):
         create_task("meta_math", path=file, max_tokens=2).load("train", count_tokens=count_words)
@@ -100,6 +164,10 @@ def test_no_row_left_for_training_or_validation_is_an_error(file):
 def test_an_unknown_order_and_a_folder_without_the_file_are_errors(tmp_path):
     with pytest.raises(InputError, match="Did you mean 'shuffled'"):
         create_task("meta_math", order="shuffle")
+    with pytest.raises(InputError, match="Did you mean 'full'"):
+        create_task("meta_math", subset="ful")
+    with pytest.raises(InputError, match="valid: gsm8k, math"):
+        create_task("meta_math", test_benchmark="mmlu")
     (tmp_path / "other.txt").write_text("")
     with pytest.raises(InputError, match=r"it holds: other\.txt"):
         create_task("meta_math", path=tmp_path, max_tokens=None).load("train")

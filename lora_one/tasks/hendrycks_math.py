@@ -1,0 +1,260 @@
+"""MATH (Hendrycks et al. 2021, arXiv:2103.03874): competition problems, 7,500 train, 5,000 test."""
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from hashlib import sha256
+from pathlib import Path
+from typing import Any, Literal
+
+from lora_one.errors import InputError, nearest
+from lora_one.tasks.answers import NEXT_QUESTION
+from lora_one.tasks.base import (
+    CountTokens,
+    Example,
+    Origin,
+    Split,
+    Task,
+    Template,
+    Verdict,
+    check_split,
+    group_accuracies,
+    make_example,
+)
+from lora_one.tasks.math_answers import last_boxed, normalise, stated_answer
+from lora_one.tasks.math_equivalence import Equivalence
+from lora_one.tasks.rows import (
+    Row,
+    Rows,
+    find_split_file,
+    hold_out,
+    hub_cache_holds,
+    read_file,
+    read_hub,
+)
+
+HUB_ID = "EleutherAI/hendrycks_math"
+REVISION = "21a5633873b6a120296cce3e2df9d5550074f4a3"
+HUB_ID_500 = "HuggingFaceH4/MATH-500"
+REVISION_500 = "6e4ed1a2a79af7d8630a6b768ec859cb5af4d3be"
+SUBJECTS = (
+    "algebra",
+    "counting_and_probability",
+    "geometry",
+    "intermediate_algebra",
+    "number_theory",
+    "prealgebra",
+    "precalculus",
+)
+TEST_SETS = ("full", "math500")
+
+
+class HendrycksMath(Task):
+    r"""MATH: a solution in LaTeX whose last ``\boxed{...}`` is the answer.
+
+    The prompt is that of MetaMathQA here, so that an adapter trained on it is asked as it learnt.
+    ``math_verify`` compares the stated answers as mathematics, ``strict`` compares their
+    normalised spellings (``lora_one.tasks.math_answers`` says what states an answer).
+
+    A folder holds ``test.jsonl`` or ``test.json``, or a folder ``test`` with one file per subject
+    or, as in the original archive, one folder per subject and one ``.json`` object per problem;
+    ``train`` the same way. Columns: ``problem``, ``solution``, ``level`` and ``type`` (or, as in
+    MATH-500, ``subject``).
+
+    MATH has no validation split: it is a slice of the training rows, chosen by a seeded hash of
+    the problem, unless the folder has its own ``validation``.
+
+    Args:
+        path: Folder with local files; None reads the hub, one configuration per subject.
+        test_set: ``full`` (5,000 problems) or ``math500`` (the 500 of Lightman et al. 2023).
+        held_out_rows: Training problems held out for validation.
+        split_seed: Seed of that choice.
+        revision: Commit, tag or branch of the hub dataset; None is the pinned commit.
+    """
+
+    name = "math"
+    template = Template(prompt="Q: {problem}\nA: ", target="{solution}")
+    scorers = ("math_verify", "strict")
+    stop_strings = (NEXT_QUESTION,)
+
+    def __init__(
+        self,
+        *,
+        path: str | Path | None = None,
+        test_set: Literal["full", "math500"] = "full",
+        held_out_rows: int = 500,
+        split_seed: int = 0,
+        revision: str | None = None,
+    ) -> None:
+        super().__init__()
+        if test_set not in TEST_SETS:
+            raise InputError(
+                f"dataset.test_set='{test_set}'; valid: {', '.join(TEST_SETS)}."
+                f"{nearest(test_set, TEST_SETS)}"
+            )
+        self._folder = None if path is None else Path(path)
+        self._test_set = test_set
+        self._held_out_rows = held_out_rows
+        self._split_seed = split_seed
+        self._revision = revision
+        self._equivalence: Equivalence | None = None
+
+    def origin(self) -> Origin:
+        """Name the folder or the hub id."""
+        if self._folder is not None:
+            return Origin("local", str(self._folder), self._folder.is_dir())
+        revision = self._revision or REVISION
+        ready = all(
+            hub_cache_holds(HUB_ID, subject, split, revision)
+            for subject in SUBJECTS
+            for split in ("train", "test")
+        )
+        if self._test_set == "full":
+            return Origin("hub", HUB_ID, ready)
+        test_ready = hub_cache_holds(HUB_ID_500, None, "test", self._revision or REVISION_500)
+        return Origin("hub", HUB_ID_500, ready and test_ready)
+
+    def load(self, split: Split, *, count_tokens: CountTokens | None = None) -> list[Example]:
+        """Read one split; every row is used in exactly one of them."""
+        check_split(split)
+        own = split == "test" or (self._folder is not None and self._has("validation"))
+        source_split = split if own else "train"
+        read = self._read(source_split)
+        indices = list(range(len(read.rows)))
+        if not own:
+            kept, held_out = hold_out(
+                read.rows, self._held_out_rows, self._split_seed, column="problem"
+            )
+            indices = kept if split == "train" else held_out
+        self.sources[split] = read.source
+        self.counts[split] = {"read": len(read.rows), "kept": len(indices)}
+        return [self._example(read.rows[index], source_split, index) for index in indices]
+
+    def score(self, reply: str, example: Example) -> dict[str, Verdict]:
+        """Compare the answer that a reply states with the gold one, in two ways."""
+        return self.judge([reply], [example])[0]
+
+    def judge(
+        self, replies: Sequence[str], examples: Sequence[Example]
+    ) -> list[dict[str, Verdict]]:
+        """Judge many replies; comparisons that are not settled by spelling run side by side."""
+        if self._equivalence is None:
+            self._equivalence = Equivalence()
+        answers = [stated_answer(reply) for reply in replies]
+        pairs = list(zip(answers, examples, strict=True))
+        same = [_same_spelling(answer, example) for answer, example in pairs]
+        open_cases = [
+            (_gold(example), answer)
+            for (answer, example), settled in zip(pairs, same, strict=True)
+            if answer is not None and not settled
+        ]
+        equal = iter(self._equivalence.equal(open_cases))
+        return [
+            {
+                "math_verify": {
+                    "parsed": answer,
+                    "correct": settled or (answer is not None and next(equal)),
+                },
+                "strict": {"parsed": answer, "correct": settled},
+            }
+            for (answer, _), settled in zip(pairs, same, strict=True)
+        ]
+
+    def summarise(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+        """Add the primary accuracy by subject and by level (``unknown`` where MATH has none)."""
+        return (
+            super().summarise(rows)
+            | group_accuracies(rows, self.scorers[0], lambda row: f"subject_{_part(row, 1)}")
+            | group_accuracies(rows, self.scorers[0], lambda row: f"level_{_part(row, 2)}")
+        )
+
+    def _example(self, row: Row, split: str, index: int) -> Example:
+        solution = row.text("solution")
+        answer = last_boxed(solution)
+        if answer is None:
+            raise InputError(
+                f"{row.place}: the solution must hold its answer in \\boxed{{...}}, but ends in "
+                f"{solution.strip()[-40:]!r}"
+            )
+        place = f"{split}/{_subject(row)}/{_level(row)}"
+        prompt = self.template.prompt.format(problem=row.text("problem"))
+        return make_example(
+            place, index, prompt, self.template.target.format(solution=solution), answer
+        )
+
+    def _has(self, split: str) -> bool:
+        names = (split, f"{split}.jsonl", f"{split}.json")
+        return self._folder is not None and any((self._folder / n).exists() for n in names)
+
+    def _read(self, split: str) -> Rows:
+        if self._folder is None:
+            if split == "test" and self._test_set == "math500":
+                return read_hub(HUB_ID_500, None, "test", self._revision or REVISION_500)
+            revision = self._revision or REVISION
+            parts = [read_hub(HUB_ID, subject, split, revision) for subject in SUBJECTS]
+            return _joined(parts, {**parts[0].source, "config": ", ".join(SUBJECTS)})
+        if not (self._folder / split).is_dir():
+            return read_file(find_split_file(self._folder, split))
+        folder = self._folder / split
+        files = sorted(folder.rglob("*.json*"), key=_numerically)
+        if not files:
+            raise InputError(f"{folder}: no .json or .jsonl file is in it")
+        parts = [_read_problems(file) for file in files]
+        rows = [row for part in parts for row in part.rows]
+        return _joined(parts, {"folder": str(folder), "sha256_of_rows": _digest(rows)})
+
+
+def _same_spelling(answer: str | None, example: Example) -> bool:
+    return answer is not None and normalise(answer) == normalise(_gold(example))
+
+
+def _gold(example: Example) -> str:
+    if example.reference is None:
+        raise InputError(f"{example.row_id}: a row without a gold answer cannot be scored")
+    return example.reference
+
+
+def _subject(row: Row) -> str:
+    """Return the subject as hub configurations and folders spell it: ``number_theory``."""
+    column = "type" if "type" in row.fields else "subject"
+    words = re.sub(r"[^a-z]+", " ", row.text(column).lower().replace("&", " and "))
+    return "_".join(words.split())
+
+
+def _level(row: Row) -> str:
+    """Return ``1`` to ``5`` from "Level 3" or 3; two problems of MATH have "Level ?"."""
+    digits = re.search(r"[1-5]", str(row.fields.get("level", "")))
+    return digits[0] if digits else "unknown"
+
+
+def _part(row: Mapping[str, Any], position: int) -> str:
+    return row["row_id"].split("/")[position]
+
+
+def _read_problems(file: Path) -> Rows:
+    """Read a file of rows or, as in the original archive, of one object."""
+    try:
+        content = json.loads(file.read_text(encoding="utf-8-sig"))
+    except ValueError:
+        return read_file(file)  # JSON lines, or an error that it explains
+    if not isinstance(content, dict):
+        return read_file(file)
+    return Rows([Row(str(file), content)], {"file": str(file), "rows": 1})
+
+
+def _numerically(file: Path) -> tuple[str, int, str]:
+    """Sort ``algebra/10.json`` after ``algebra/9.json``."""
+    return str(file.parent), int(file.stem) if file.stem.isdigit() else 0, file.name
+
+
+def _joined(parts: Sequence[Rows], source: dict[str, Any]) -> Rows:
+    rows = [row for part in parts for row in part.rows]
+    return Rows(rows, {**source, "rows": len(rows)})
+
+
+def _digest(rows: Sequence[Row]) -> str:
+    """Hash the rows of many small files, whatever the files are called."""
+    digest = sha256()
+    for row in rows:
+        digest.update(json.dumps(row.fields, sort_keys=True).encode())
+    return digest.hexdigest()

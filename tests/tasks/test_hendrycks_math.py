@@ -1,0 +1,231 @@
+"""MATH: answers read from LaTeX, compared as mathematics, counted by subject and level."""
+
+import json
+import os
+import signal
+
+import pytest
+
+from lora_one.errors import InputError
+from lora_one.tasks import create_task
+from lora_one.tasks.base import make_example
+from lora_one.tasks.math_answers import last_boxed, normalise, stated_answer
+from lora_one.tasks.math_equivalence import Equivalence
+
+STATED = {
+    r"so $\boxed{5}$": "5",
+    r"\boxed{1}, no, \boxed{2}": "2",
+    r"\boxed{\frac{1}{\sqrt{2}}}.": r"\frac{1}{\sqrt{2}}",
+    r"\boxed{\{1, 2\}}": r"\{1, 2\}",
+    r"\fbox{7}": "7",
+    r"\boxed 5$": "5",
+    r"\boxed\frac{1}{2}": r"\frac{1}{2}",
+    r"\boxed{x \le \left\{ 3 \right.}": r"x \le \left\{ 3 \right.",
+    r"\boxed{8} and an unfinished \boxed{9": "8",
+    r"\boxed{ }": None,
+    r"an unfinished \boxed{9": None,
+    r"\boxedtext{3}": None,
+    r"The answer is: \sqrt{5}": r"\sqrt{5}",
+    "the answer is $12$.": "12",
+    "The final answer is 3.\nNext line 4": "3",
+    r"The answer is: 4. \boxed{5}": "5",
+    "The answer is:": None,
+    "\\boxed{1}\nQ: Another?\nA: \\boxed{2}": "1",
+    "5": None,
+    "": None,
+}
+
+
+@pytest.mark.parametrize(("reply", "answer"), STATED.items())
+def test_the_stated_answer_is_the_last_box_or_else_the_last_statement(reply, answer):
+    assert stated_answer(reply) == answer
+
+
+def test_the_gold_answer_is_the_last_box_of_a_solution():
+    assert last_boxed(r"First $\boxed{x}$. Then $\fbox{\text{(C)}}$.") == r"\text{(C)}"
+
+
+SAME_SPELLING = [
+    (r"\frac{1}{2}", r"\dfrac{1}{2}", r"\tfrac12", "1/2", r"\frac{1} {2}", r"$\frac{1}{2}$."),
+    ("1234", "1,234", "1{,}234", r"1\!,234", r"\$1,234", "1234.0", "x = 1234"),
+    ("(3,4)", r"\left(3, 4\right)", "( 3,\\ 4 )"),
+    (r"\sqrt{2}", r"\sqrt2"),
+    ("90", r"90^\circ", r"90^{\circ}", r"90\%", r"90\text{ degrees}", r"90\text{ cm}^2"),
+    ("0.5", ".5"),
+    (r"\text{east}", "east"),
+    ("-3", "\N{MINUS SIGN}3"),
+]
+OTHER_SPELLING = [
+    ("12", "21"),
+    ("(1,234)", "(1,234,5)"),
+    ("1,2", "12"),
+    ("x+1", "1+x"),
+    ("0.5", r"\frac{1}{2}"),
+    ("3", "-3"),
+]
+
+
+@pytest.mark.parametrize("group", SAME_SPELLING, ids=lambda group: group[0])
+def test_spellings_of_one_answer_are_one(group):
+    assert len({normalise(text) for text in group}) == 1
+
+
+@pytest.mark.parametrize(("one", "other"), OTHER_SPELLING)
+def test_other_answers_stay_apart(one, other):
+    assert normalise(one) != normalise(other)
+
+
+EQUAL = [
+    (r"\frac{1}{2}", "0.5"),
+    ("x+1", "1+x"),
+    (r"\sqrt{5}", "5^{1/2}"),
+    (r"\frac{3}{4}", r"\frac{6}{8}"),
+    (r"\{1,2\}", r"\{2,1\}"),
+    ("2x+3y", "3y+2x"),
+]
+UNEQUAL = [("3", "4"), ("(1,2)", "(2,1)"), ("[0,1)", "[0,1]"), ("3", r"garbage \frac{"), ("5", "")]
+
+
+@pytest.fixture(scope="module")
+def equivalence():
+    found = Equivalence(workers=1)
+    yield found
+    found.close()
+
+
+def test_answers_are_compared_as_mathematics(equivalence):
+    handler = signal.getsignal(signal.SIGALRM)
+    assert equivalence.equal(EQUAL) == [True] * len(EQUAL)
+    assert equivalence.equal(UNEQUAL) == [False] * len(UNEQUAL)
+    assert signal.getsignal(signal.SIGALRM) is handler
+
+
+def test_a_comparison_without_end_is_unequal_and_the_next_one_is_made(equivalence, monkeypatch):
+    equivalence.equal([("1", "1")])  # the worker is up: only comparing is timed
+    monkeypatch.setattr("lora_one.tasks.math_equivalence.SECONDS_PER_PAIR", 0.5)
+    power_tower = "10^{10^{10^{10}}}"
+    worker = equivalence._all[0]._process.pid
+    assert equivalence.equal([("5", power_tower)]) == [False]
+    with pytest.raises(ProcessLookupError):
+        os.kill(worker, 0)
+    assert equivalence.equal([("2", "1+1"), ("2", "3")]) == [True, False]
+
+
+def _row(number, *, level="Level 3", subject="Number Theory", answer=None):
+    return {
+        "problem": f"What is {number} + {number}?",
+        "level": level,
+        "type": subject,
+        "solution": f"It is $\\boxed{{{2 * number if answer is None else answer}}}$.",
+    }
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """The original archive: one object per problem, in folders per subject."""
+    for split, count in (("train", 12), ("test", 3)):
+        for subject in ("Number Theory", "Counting & Probability"):
+            home = tmp_path / split / subject.lower().replace(" & ", "_and_").replace(" ", "_")
+            home.mkdir(parents=True)
+            for number in range(count):
+                row = _row(number, subject=subject, level=f"Level {number % 5 + 1}")
+                (home / f"{number}.json").write_text(json.dumps(row))
+    return tmp_path
+
+
+def test_the_original_folders_are_read_and_every_row_is_in_one_split(folder):
+    task = create_task("math", path=folder, held_out_rows=5)
+    splits = {split: task.load(split) for split in ("train", "validation", "test")}
+    assert [len(examples) for examples in splits.values()] == [14, 10, 6]  # a question occurs twice
+    assert not {e.prompt for e in splits["train"]} & {e.prompt for e in splits["validation"]}
+    example = splits["test"][0]
+    assert example.prompt == "Q: What is 0 + 0?\nA: "
+    assert example.target == "It is $\\boxed{0}$."
+    assert example.reference == "0"
+    assert example.row_id.startswith("test/counting_and_probability/1/0-")
+    assert task.sources["test"]["folder"] == str(folder / "test")
+
+
+@pytest.mark.parametrize("layout", ["test.jsonl", "test/algebra.json", "test/algebra.jsonl"])
+def test_one_file_or_one_file_per_subject_is_read_as_well(tmp_path, layout):
+    rows = [_row(1), _row(2)]
+    file = tmp_path / layout
+    file.parent.mkdir(exist_ok=True)
+    lines = "\n".join(json.dumps(row) for row in rows)
+    file.write_text(json.dumps(rows) if file.suffix == ".json" else lines)
+    assert [e.reference for e in create_task("math", path=tmp_path).load("test")] == ["2", "4"]
+
+
+def test_the_columns_of_math_500_are_read_and_unknown_levels_are_called_so(tmp_path):
+    rows = [
+        {"problem": "a", "solution": r"\boxed{1}", "answer": "1", "subject": "Algebra", "level": 2},
+        _row(1, level="Level ?"),
+    ]
+    (tmp_path / "test.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    ids = [e.row_id.rsplit("-")[0] for e in create_task("math", path=tmp_path).load("test")]
+    assert ids == ["test/algebra/2/0", "test/number_theory/unknown/1"]
+
+
+def test_both_scorers_and_the_accuracies_by_subject_and_level(folder):
+    task = create_task("math", path=folder)
+    examples = task.load("test")
+    replies = [f"\\boxed{{{e.reference}}}" for e in examples]
+    replies[1] = "The answer is: 1 + 1"  # counting, level 2, gold 2: equal, but spelt otherwise
+    replies[2] = "no idea"
+    verdicts = task.judge(replies, examples)
+    assert verdicts[1] == {
+        "math_verify": {"parsed": "1 + 1", "correct": True},
+        "strict": {"parsed": "1 + 1", "correct": False},
+    }
+    rows = [{"row_id": e.row_id, "scores": v} for e, v in zip(examples, verdicts, strict=True)]
+    metrics = task.summarise(rows)
+    assert metrics["accuracy"] == metrics["accuracy_math_verify"] == pytest.approx(5 / 6)
+    assert metrics["accuracy_strict"] == pytest.approx(4 / 6)
+    assert metrics["unparsed"] == pytest.approx(1 / 6)
+    assert metrics["accuracy_subject_counting_and_probability"] == pytest.approx(2 / 3)
+    assert metrics["accuracy_subject_number_theory"] == 1
+    assert (metrics["accuracy_level_2"], metrics["accuracy_level_3"]) == (1, 0.5)
+
+
+def test_what_is_missing_is_named(tmp_path):
+    (tmp_path / "test.jsonl").write_text(json.dumps(_row(1) | {"solution": "It is 2."}))
+    with pytest.raises(InputError, match=r"line 1: the solution must hold.*ends in 'It is 2\.'"):
+        create_task("math", path=tmp_path).load("test")
+    with pytest.raises(InputError, match="Did you mean 'math500'"):
+        create_task("math", test_set="math_500")
+    (tmp_path / "train").mkdir()
+    with pytest.raises(InputError, match=r"no \.json or \.jsonl file"):
+        create_task("math", path=tmp_path).load("train")
+    unscored = make_example("test", 0, "p", "t", None)
+    with pytest.raises(InputError, match="cannot be scored"):
+        create_task("math").score(r"\boxed{1}", unscored)
+
+
+def test_the_hub_is_asked_for_every_subject_at_the_pinned_commit(monkeypatch):
+    asked = []
+
+    def read_hub(hub_id, config, split, revision):
+        from lora_one.tasks.rows import Row, Rows
+
+        asked.append((hub_id, config, split, revision))
+        return Rows([Row("here", _row(len(asked)))], {"hub": hub_id, "rows": 1})
+
+    monkeypatch.setattr("lora_one.tasks.hendrycks_math.read_hub", read_hub)
+    task = create_task("math")
+    assert len(task.load("test")) == 7
+    assert {(hub, split, revision) for hub, _, split, revision in asked} == {
+        ("EleutherAI/hendrycks_math", "test", "21a5633873b6a120296cce3e2df9d5550074f4a3")
+    }
+    assert [config for _, config, *_ in asked] == [
+        "algebra",
+        "counting_and_probability",
+        "geometry",
+        "intermediate_algebra",
+        "number_theory",
+        "prealgebra",
+        "precalculus",
+    ]
+    assert task.sources["test"]["rows"] == 7
+    asked.clear()
+    create_task("math", test_set="math500", revision="main").load("test")
+    assert asked == [("HuggingFaceH4/MATH-500", None, "test", "main")]
