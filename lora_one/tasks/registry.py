@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_one.errors import InputError, nearest
+from lora_one.tasks.alpaca import Alpaca
 from lora_one.tasks.arithmetic import Arithmetic
 from lora_one.tasks.base import Task
 from lora_one.tasks.commonsense import Commonsense
@@ -12,14 +13,19 @@ from lora_one.tasks.glue import GLUE
 from lora_one.tasks.gsm8k import GSM8K
 from lora_one.tasks.hendrycks_math import HendrycksMath
 from lora_one.tasks.meta_math import MetaMath
+from lora_one.tasks.mmlu import MMLU
 from lora_one.tasks.super_glue import SUPER_GLUE
+from lora_one.tasks.wizard_lm import WizardLM
 
 _CLASSES: tuple[type[Task], ...] = (
+    Alpaca,
     Arithmetic,
     Commonsense,
     GSM8K,
     HendrycksMath,
+    MMLU,
     MetaMath,
+    WizardLM,
     *GLUE,
     *SUPER_GLUE,
 )

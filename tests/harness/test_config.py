@@ -65,7 +65,7 @@ BAD = {
     "peft=adalora": "Add init=lora",
     "dataset.name=gsmk8": "dataset.name=gsmk8: no such benchmark. Did you mean 'gsm8k'?",
     "dataset.train_rows=0": "dataset.train_rows=0: expected greater than 0",
-    "dataset.test_path=x": "dataset.test_path is read by dataset=commonsense and ",
+    "dataset.test_path=x": "dataset.test_path is read by dataset=",
     "++dataset.max_new_token=3": "nothing reads this key. Did you mean 'max_new_tokens'?",
     "a=[1": "no viable alternative",
     "model.learning_rate=${nowhere}": "'nowhere' not found",
