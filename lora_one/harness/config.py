@@ -71,7 +71,7 @@ class ModelConfig(Section):
     """The base model and, as in the official repositories, how it is trained."""
 
     name: str = Field(min_length=1, description="hub id or local Hugging Face folder")
-    type: Literal["auto", "CausalLM", "ConditionalGeneration"] = Field(
+    type: Literal["auto", "CausalLM", "ConditionalGeneration", "SequenceClassification"] = Field(
         description="auto: as the model's own config says"
     )
     revision: str | None = Field(description="hub branch, tag or commit")

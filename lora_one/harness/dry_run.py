@@ -1,5 +1,6 @@
 """``dry_run=true``: what would run, on what, for how long; no weights, no GPU, nothing written."""
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,7 @@ from lora_one.harness.plan import make_plan, plan_adapter
 from lora_one.harness.ranks import is_main
 from lora_one.harness.training import plan_steps
 from lora_one.tasks import Origin
+from lora_one.tasks.registry import TASKS
 
 
 @dataclass(frozen=True)
@@ -67,7 +69,7 @@ def show_plan(configs: Sequence[Config]) -> None:
 
 def foresee(config: Config) -> Outlook:
     """Work out target layers, parameters, steps and memory from configs and skeletons."""
-    base = find_base(config.model, planning=True)
+    base = find_base(config.model, planning=True, task=TASKS[config.dataset.name])
     adapter, shapes = plan_adapter(config, base)
     origin = make_task(config.dataset).origin()
     if origin.kind == "local" and not origin.available_offline:
@@ -80,7 +82,7 @@ def foresee(config: Config) -> Outlook:
         steps = plan_steps(config.model, rows).total_steps
     model = skeleton(base)
     total = sum(p.numel() for p in model.parameters())
-    wrapped = model if adapter is None else get_peft_model(model, adapter)
+    wrapped = model if adapter is None else get_peft_model(model, copy.deepcopy(adapter))
     trainable = sum(p.numel() for p in wrapped.parameters() if p.requires_grad)
     layers: dict[str, int] = {}
     for name in shapes:
@@ -107,7 +109,8 @@ def estimate_memory(config: Config, base: Base, total: int, trainable: int) -> i
     activations = layers * per_layer
     if config.model.gradient_checkpointing:
         activations = layers * tokens * text.hidden_size * width + per_layer
-    logits = 2 * 4 * tokens * text.vocab_size
+    outputs = 0 if base.architecture == "classification" else text.vocab_size
+    logits = 2 * 4 * tokens * outputs
     frozen = total if config.peft.use_peft else 0
     return frozen * width + 16 * trainable + activations + logits
 

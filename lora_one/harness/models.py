@@ -1,11 +1,11 @@
 """Base models: config (before any weight is read), tokenizer, weights, and the adapter on top."""
 
+import copy
 import hashlib
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import torch
 from peft import AdaLoraConfig, LoraConfig, PeftConfig, PeftModel, TaskType, get_peft_model
@@ -16,6 +16,7 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
+    AutoModelForSequenceClassification,
     AutoTokenizer,
     PretrainedConfig,
     PreTrainedModel,
@@ -24,10 +25,23 @@ from transformers import (
 
 from lora_one.errors import InputError, nearest
 from lora_one.harness.config import Config, ModelConfig
+from lora_one.tasks.base import Task
+from lora_one.tasks.encoding import TrainedArchitecture
 
 ROOT = Path(__file__).parents[2]
 HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?", re.ASCII)
-AUTO_CLASSES = {"causal": AutoModelForCausalLM, "seq2seq": AutoModelForSeq2SeqLM}
+AUTO_CLASSES = {
+    "causal": AutoModelForCausalLM,
+    "seq2seq": AutoModelForSeq2SeqLM,
+    "classification": AutoModelForSequenceClassification,
+}
+TASK_TYPES = {
+    "causal": TaskType.CAUSAL_LM,
+    "seq2seq": TaskType.SEQ_2_SEQ_LM,
+    "classification": TaskType.SEQ_CLS,
+}
+# Names of heads that PEFT itself trains and saves in full.
+ADDED_BY_PEFT = ("classifier", "score")
 # AdaLoRA starts with a larger budget than it ends with, 1.5 times as in its paper.
 ADALORA_START = 1.5
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -39,27 +53,31 @@ class Base:
 
     Attributes:
         location: Local folder, or hub id.
-        config: The model's own configuration.
-        architecture: ``causal`` or ``seq2seq``.
+        config: The model's own configuration; with a classification head, the head's size too.
+        architecture: ``causal``, ``seq2seq`` or ``classification``.
         available_offline: Config and weights are on this machine.
     """
 
     location: str
     config: PretrainedConfig
-    architecture: Literal["causal", "seq2seq"]
+    architecture: TrainedArchitecture
     available_offline: bool
 
 
-def find_base(model: ModelConfig, *, planning: bool = False) -> Base:
+def find_base(
+    model: ModelConfig, *, planning: bool = False, task: type[Task] | None = None
+) -> Base:
     """Find the base model and read its config.
 
     Args:
         model: The ``model`` section.
+        task: The benchmark's class, whose labels a classification head has.
         planning: Do without the network if possible: take ``model.architecture`` for a model that
             is not on this machine (enough for a plan, not for a run).
 
     Raises:
-        InputError: if the model cannot be found, or its folder holds no safetensors weights.
+        InputError: if the model cannot be found, its folder holds no safetensors weights, or a
+            classification head is asked for and the benchmark is no classification.
     """
     folder = _local_folder(model.name)
     location = str(folder or model.name)
@@ -78,12 +96,31 @@ def find_base(model: ModelConfig, *, planning: bool = False) -> Base:
             )
         except (OSError, ValueError) as error:
             raise InputError(_explain_missing_model(model.name, error)) from error
-    is_seq2seq = {
-        "auto": bool(config.is_encoder_decoder),
-        "CausalLM": False,
-        "ConditionalGeneration": True,
+    architecture = {
+        "auto": "seq2seq" if config.is_encoder_decoder else "causal",
+        "CausalLM": "causal",
+        "ConditionalGeneration": "seq2seq",
+        "SequenceClassification": "classification",
     }[model.type]
-    return Base(location, config, "seq2seq" if is_seq2seq else "causal", available)
+    if architecture == "classification":
+        _size_head(config, task)
+    return Base(location, config, architecture, available)
+
+
+def _size_head(config: PretrainedConfig, task: type[Task] | None) -> None:
+    """Give the head one output per label, or a single one for a score."""
+    if task is None or not (task.labels or task.score_range):
+        name = "this benchmark" if task is None else f"dataset={task.name}"
+        raise InputError(
+            f"model.type=SequenceClassification: {name} is no classification. Choose a dataset "
+            "with labels, such as sst2 or mrpc, or a model that writes text."
+        )
+    if task.labels:
+        config.id2label = dict(enumerate(task.labels))
+        config.label2id = {label: index for index, label in enumerate(task.labels)}
+    else:
+        config.num_labels = 1
+    config.problem_type = "single_label_classification" if task.labels else "regression"
 
 
 def _local_folder(name: str) -> Path | None:
@@ -145,10 +182,12 @@ def load_tokenizer(base: Base, model: ModelConfig) -> PreTrainedTokenizerBase:
 def load_base(
     base: Base, model: ModelConfig, device: torch.device, dtype: torch.dtype
 ) -> PreTrainedModel:
-    """Load the weights, safetensors only."""
+    """Load the weights, safetensors only; a head that they lack starts at random."""
+    sized = {"config": base.config} if base.architecture == "classification" else {}
     try:
         loaded = AUTO_CLASSES[base.architecture].from_pretrained(
             base.location,
+            **sized,
             revision=model.revision,
             trust_remote_code=model.trust_remote_code,
             dtype=dtype,
@@ -157,6 +196,14 @@ def load_base(
     except (OSError, ValueError, SafetensorError) as error:
         raise InputError(
             f"model.name={model.name}: its weights cannot be loaded: {error}"
+        ) from error
+    except RuntimeError as error:
+        # transformers' own word for a checkpoint whose head has another number of outputs.
+        if "ignore_mismatched_sizes" not in str(error):
+            raise
+        raise InputError(
+            f"model.name={model.name}: its classification head has another size than the "
+            f"{base.config.num_labels} outputs that this dataset needs; give the pretrained encoder"
         ) from error
     return loaded.to(device)
 
@@ -208,13 +255,11 @@ def adapter_config(config: Config, base: Base, total_steps: int | None = None) -
     peft = config.peft
     model = skeleton(base)
     shared = {
-        "task_type": TaskType.SEQ_2_SEQ_LM
-        if base.architecture == "seq2seq"
-        else TaskType.CAUSAL_LM,
+        "task_type": TASK_TYPES[base.architecture],
         "target_modules": _targets(peft.lora_target_modules, model),
         "lora_alpha": peft.lora_alpha,
         "lora_dropout": peft.lora_dropout,
-        "modules_to_save": _embedding_names(model) if peft.train_embeddings else None,
+        "modules_to_save": _trained_in_full(config, base, model) or None,
     }
     if peft.adalora:
         steps = total_steps or 1000
@@ -235,6 +280,24 @@ def adapter_config(config: Config, base: Base, total_steps: int | None = None) -
         ensure_weight_tying=peft.train_embeddings and bool(model.config.tie_word_embeddings),
         **shared,
     )
+
+
+def _trained_in_full(config: Config, base: Base, model: PreTrainedModel) -> list[str]:
+    """Name the modules that train and are exported with all their weights.
+
+    A head is everything outside the encoder, such as DeBERTa's ``pooler`` besides the
+    ``classifier``: it starts at random, so an adapter without all of it would be one for a model
+    that nobody has.
+    """
+    names = _embedding_names(model) if config.peft.train_embeddings else []
+    if base.architecture == "classification":
+        names += [
+            name
+            for name, module in model.named_children()
+            if name not in (model.base_model_prefix, *ADDED_BY_PEFT)
+            and any(True for _ in module.parameters())
+        ]
+    return names
 
 
 def _targets(targets: str | list[str], model: PreTrainedModel) -> str | list[str]:
@@ -287,7 +350,12 @@ def attach_adapter(model: PreTrainedModel, adapter: PeftConfig, seed: int, dtype
     with torch.random.fork_rng(devices=devices):
         torch.manual_seed(seed)
         try:
-            wrapped = get_peft_model(model, adapter, autocast_adapter_dtype=dtype == "fp32")
+            wrapped = get_peft_model(
+                # A copy: PEFT adds names to the modules that a classifier saves.
+                model,
+                copy.deepcopy(adapter),
+                autocast_adapter_dtype=dtype == "fp32",
+            )
         except ValueError as error:
             raise InputError(f"peft.lora_target_modules: {error}") from error
     for name, parameter in wrapped.named_parameters():
@@ -302,7 +370,7 @@ def target_shapes(model: PreTrainedModel, adapter: PeftConfig) -> dict[str, tupl
     """Shapes (out, in) of the linear layers that the adapter would change; on a skeleton."""
     linear = f"Linear layers: {', '.join(_linear_names(model))}."
     try:
-        wrapped = get_peft_model(model, adapter)
+        wrapped = get_peft_model(model, copy.deepcopy(adapter))
     except (ValueError, re.error) as error:
         reason = str(error).splitlines()[0].rstrip("( .")
         raise InputError(f"peft.lora_target_modules: {reason}. {linear}") from error

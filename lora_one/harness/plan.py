@@ -19,6 +19,7 @@ from lora_one.harness.models import (
 )
 from lora_one.harness.training import Schedule, plan_steps
 from lora_one.tasks.encoding import Collator, padding_id
+from lora_one.tasks.registry import TASKS
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,7 @@ def make_plan(config: Config) -> Plan:
         InputError: whatever is wrong with them.
     """
     quiet_libraries()
-    base = find_base(config.model)
+    base = find_base(config.model, task=TASKS[config.dataset.name])
     adapter, shapes = plan_adapter(config, base)
     tokenizer = load_tokenizer(base, config.model)
     data = load_data(config, tokenizer, base.architecture)

@@ -15,8 +15,11 @@ from torch import Tensor
 
 from lora_one.errors import InputError
 from lora_one.tasks.base import CountTokens, Example
+from lora_one.tasks.classification import encode_texts, head_label, require_texts
 
 Architecture = Literal["causal", "seq2seq"]
+# What can be trained: a language model, or an encoder with a classification head.
+TrainedArchitecture = Literal["causal", "seq2seq", "classification"]
 IGNORED = -100  # the label that torch's cross entropy and the Hugging Face Trainer skip
 
 
@@ -27,6 +30,7 @@ class EncodedRows:
     Attributes:
         rows: Dicts of ``input_ids`` and ``labels``, lists of int. Causal: of equal length, labels
             aligned with the ids (the model shifts). Seq2seq: source ids and target ids.
+            Classification: the ids of the texts (and ``token_type_ids``), and one class or score.
         row_ids: The row id of each kept row, in the same order.
         dropped_row_ids: The row ids left out because they exceed ``max_length``.
         max_length: The limit that was applied.
@@ -55,7 +59,7 @@ class EncodedRows:
 
     @property
     def supervised_tokens(self) -> int:
-        """Number of tokens that the loss is taken over in all kept rows."""
+        """Number of tokens (classification: rows) that the loss is taken over."""
         return sum(label != IGNORED for row in self.rows for label in row["labels"])
 
 
@@ -64,7 +68,7 @@ def encode(
     tokenizer: Any,
     *,
     max_length: int,
-    architecture: Architecture,
+    architecture: TrainedArchitecture,
     loss_on: Literal["response", "all"] = "response",
 ) -> EncodedRows:
     """Tokenise examples for training or for the validation loss.
@@ -72,25 +76,29 @@ def encode(
     Causal: ``input_ids = [BOS] prompt target EOS`` with BOS where the tokenizer adds one, and
     ``max_length`` bounds their number. Seq2seq: ``input_ids`` is the prompt with the special
     tokens of the tokenizer, ``labels = target EOS``, and ``max_length`` bounds each of the two.
+    Classification: ``input_ids`` is the text, or the pair with the tokenizer's separators,
+    ``labels`` the class index, or the score of a benchmark without classes.
 
     Args:
         examples: The rows.
         tokenizer: A Hugging Face tokenizer with an EOS token.
         max_length: Rows with more tokens are dropped and counted.
-        architecture: ``causal`` or ``seq2seq``.
+        architecture: ``causal``, ``seq2seq`` or ``classification``.
         loss_on: ``response`` (target and EOS) or, for causal models, ``all`` tokens.
 
     Raises:
-        InputError: No row, no row that fits, a tokenizer without EOS, or ``loss_on="all"`` for a
-            seq2seq model, which predicts the target only.
+        InputError: No row, no row that fits, a tokenizer without EOS, rows without texts for a
+            head, or ``loss_on="all"`` for a model that predicts the target only.
     """
-    if architecture == "seq2seq" and loss_on == "all":
+    if architecture != "causal" and loss_on == "all":
         raise InputError(
-            "loss_on='all' has no meaning for a seq2seq model, which predicts only the target; "
-            "use loss_on='response'"
+            f"loss_on='all' has no meaning for a {architecture} model, which predicts only the "
+            "target; use loss_on='response'"
         )
     if not examples:
         raise InputError("there is no row to encode")
+    if architecture == "classification":
+        return _encode_for_head(examples, tokenizer, max_length)
     eos = eos_token_id(tokenizer)
     prompts = encode_prompts([e.prompt for e in examples], tokenizer, architecture=architecture)
     targets = [[*ids, eos] for ids in encode_targets([e.target for e in examples], tokenizer)]
@@ -112,11 +120,30 @@ def encode(
         context = [IGNORED] * len(prompt) if loss_on == "response" else [IGNORED, *prompt[1:]]
         rows.append({"input_ids": prompt + target, "labels": context + target})
     if not rows:
-        raise InputError(
-            f"all {len(examples)} rows are longer than max_length={max_length} tokens (the "
-            f"shortest has {shortest}); raise model.max_length"
-        )
+        raise _all_too_long(len(examples), max_length, shortest)
     return EncodedRows(rows, row_ids, dropped, max_length)
+
+
+def _encode_for_head(examples: Sequence[Example], tokenizer: Any, max_length: int) -> EncodedRows:
+    require_texts(examples)
+    encoded = encode_texts([example.texts for example in examples], tokenizer)
+    lengths = [len(row["input_ids"]) for row in encoded]
+    kept = [place for place, length in enumerate(lengths) if length <= max_length]
+    if not kept:
+        raise _all_too_long(len(examples), max_length, min(lengths))
+    return EncodedRows(
+        [{**encoded[place], "labels": [head_label(examples[place])]} for place in kept],
+        [examples[place].row_id for place in kept],
+        [e.row_id for e, length in zip(examples, lengths, strict=True) if length > max_length],
+        max_length,
+    )
+
+
+def _all_too_long(rows: int, max_length: int, shortest: int | None) -> InputError:
+    return InputError(
+        f"all {rows} rows are longer than max_length={max_length} tokens (the shortest has "
+        f"{shortest}); raise model.max_length"
+    )
 
 
 def encode_prompts(
@@ -176,7 +203,8 @@ class Collator:
 
     Attributes:
         pad_token_id: Fills ``input_ids`` (``padding_id(tokenizer)``); labels are filled with -100.
-        architecture: ``causal`` pads ids and labels to one length; ``seq2seq`` each to its own.
+        architecture: ``causal`` pads ids and labels to one length; ``seq2seq`` each to its own;
+            ``classification`` has one label a row.
         pad_to_multiple_of: Round lengths up to a multiple, for tensor cores.
         prepare_decoder_input_ids_from_labels: For seq2seq, the method of that name of the model:
             the Trainer takes the labels away before the forward pass when it computes the loss
@@ -184,21 +212,28 @@ class Collator:
     """
 
     pad_token_id: int
-    architecture: Architecture
+    architecture: TrainedArchitecture
     pad_to_multiple_of: int | None = None
     prepare_decoder_input_ids_from_labels: Callable[..., Tensor] | None = None
 
     def __call__(self, rows: Sequence[Mapping[str, Sequence[int]]]) -> dict[str, Tensor]:
         """Return ``input_ids``, ``attention_mask``, ``labels``, each (rows, length), int64.
 
-        For seq2seq, ``decoder_input_ids`` too, where the function to make them was given.
+        For seq2seq, ``decoder_input_ids`` too, where the function to make them was given. For
+        classification, ``labels`` is (rows,), float32 for scores, and ``token_type_ids`` is there
+        where the rows have them.
         """
         inputs = [row["input_ids"] for row in rows]
         batch = {
             "input_ids": self._pad(inputs, self.pad_token_id),
             "attention_mask": self._pad([[1] * len(ids) for ids in inputs], 0),
-            "labels": self._pad([row["labels"] for row in rows], IGNORED),
         }
+        if "token_type_ids" in rows[0]:
+            batch["token_type_ids"] = self._pad([row["token_type_ids"] for row in rows], 0)
+        if self.architecture == "classification":
+            batch["labels"] = torch.tensor([row["labels"][0] for row in rows])
+        else:
+            batch["labels"] = self._pad([row["labels"] for row in rows], IGNORED)
         if self.architecture == "seq2seq" and self.prepare_decoder_input_ids_from_labels:
             batch["decoder_input_ids"] = self.prepare_decoder_input_ids_from_labels(
                 labels=batch["labels"]
@@ -213,8 +248,8 @@ class Collator:
         return torch.tensor([[*seq, *[value] * (width - len(seq))] for seq in sequences])
 
 
-def supervised_tokens(batch: Mapping[str, Tensor], architecture: Architecture) -> int:
-    """Count the tokens of a batch that the loss is taken over.
+def supervised_tokens(batch: Mapping[str, Tensor], architecture: TrainedArchitecture) -> int:
+    """Count the tokens of a batch that the loss is taken over; for classification, the rows.
 
     A causal model predicts ``labels[:, 1:]``; a seq2seq model predicts every label.
     """

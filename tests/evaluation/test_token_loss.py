@@ -1,5 +1,6 @@
 import pytest
 import torch
+from transformers import RobertaConfig, RobertaForSequenceClassification
 
 from lora_one.errors import InputError
 from lora_one.evaluation import mean_token_loss, token_loss_sum
@@ -101,3 +102,26 @@ def test_no_supervised_token_and_no_decoder_inputs_are_errors(
     batches = _batches(arithmetic_examples[:2], t5_tokenizer, "seq2seq", 2)
     with pytest.raises(InputError, match="needs decoder_input_ids"):
         mean_token_loss(t5, batches, "seq2seq")
+
+
+@pytest.mark.parametrize("classes", [3, 1])
+def test_a_heads_loss_is_transformers_own_times_the_rows(classes):
+    torch.manual_seed(0)
+    config = RobertaConfig(
+        vocab_size=20,
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=16,
+        max_position_embeddings=12,
+        type_vocab_size=1,
+        num_labels=classes,
+    )
+    model = RobertaForSequenceClassification(config).eval()
+    labels = torch.tensor([0, 2, 1]) if classes > 1 else torch.tensor([0.5, 4.8, 2.2])
+    batch = {"input_ids": torch.randint(3, 20, (3, 6)), "attention_mask": torch.ones(3, 6).long()}
+    output = model(**batch, labels=labels)
+    loss = token_loss_sum(output.logits, labels, "classification")
+    assert float(loss.detach()) == pytest.approx(3 * float(output.loss.detach()), rel=1e-6)
+    mean = mean_token_loss(model, [{**batch, "labels": labels}], "classification")
+    assert mean == (pytest.approx(float(output.loss.detach()), rel=1e-6), 3)
