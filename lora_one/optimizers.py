@@ -1,18 +1,15 @@
 """Any torch optimizer with LoRA gradients preconditioned before each step."""
 
 import inspect
-from collections import defaultdict
 from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 
 from lora_one.errors import InputError
-from lora_one.numerics.preconditioner import damped_inverse, precondition
-
-Pair = tuple[nn.Parameter, nn.Parameter]
+from lora_one.preconditioning import Pair, precondition_pairs
 
 
 def lora_pairs(model: nn.Module) -> dict[str, Pair]:
@@ -128,97 +125,3 @@ def _subclass(optimizer_cls: type[Optimizer]) -> type[Optimizer]:
 
     PreconditionedOptimizer.__name__ = f"Preconditioned{optimizer_cls.__name__}"
     return PreconditionedOptimizer
-
-
-@torch.no_grad()
-def precondition_pairs(pairs: list[Pair], reg: float, *, relative: bool = False) -> None:
-    """Overwrite the pairs' gradients by the preconditioned ones.
-
-    A pair with one gradient missing has the other one preconditioned; a pair without gradients
-    is left alone. On a GPU all pairs of one shape are stacked, because launching a kernel costs
-    more than copying them. On a CPU stacking costs more than all the rest (it doubles the memory
-    traffic), so only the r x r matrices are collected: one Cholesky factorisation for all pairs of
-    a rank, and one product per gradient. Nothing waits for the device.
-    """
-    groups: dict[tuple[Any, ...], list[Pair]] = defaultdict(list)
-    for A, B in pairs:
-        if A.grad is None and B.grad is None:
-            continue
-        if A.device.type == "cpu":
-            groups[True, A.shape[0], _foldable(B), A.dtype, B.dtype].append((A, B))
-        else:
-            groups[False, A.shape, B.shape, A.dtype, B.dtype, A.device].append((A, B))
-    for (on_cpu, *_), group in groups.items():
-        method = _precondition_one_by_one if on_cpu else _precondition_stacked
-        method(group, reg, relative)
-
-
-def _precondition_stacked(group: list[Pair], reg: float, relative: bool) -> None:
-    new_A, new_B = precondition(
-        torch.stack([A.detach() for A, _ in group]),
-        torch.stack([B.detach() for _, B in group]),
-        torch.stack([_gradient(A) for A, _ in group]),
-        torch.stack([_gradient(B) for _, B in group]),
-        reg,
-        relative=relative,
-    )
-    present = [
-        (factor.grad, value)
-        for (A, B), a, b in zip(group, new_A, new_B, strict=True)
-        for factor, value in ((A, a), (B, b))
-        if factor.grad is not None
-    ]
-    torch._foreach_copy_([old for old, _ in present], [new for _, new in present])
-
-
-def _precondition_one_by_one(group: list[Pair], reg: float, relative: bool) -> None:
-    A, B = group[0]
-    dtype = torch.promote_types(torch.promote_types(A.dtype, B.dtype), torch.float32)
-    r, count = A.shape[0], len(group)
-    folded = _foldable(B)
-    width = 2 * r if folded else r
-    grams_A = torch.empty(count, r, r, dtype=dtype)
-    grams_B = torch.empty(count, width, width, dtype=dtype)
-    for (A, B), gram_A, gram_B in zip(group, grams_A.unbind(), grams_B.unbind(), strict=True):
-        A, B = A.to(dtype), B.to(dtype).view(-1, width)
-        torch.mm(A, A.T, out=gram_A)
-        torch.mm(B.T, B, out=gram_B)
-    if folded:
-        grams_B = grams_B[:, :r, :r] + grams_B[:, r:, r:]
-    K_A, K_B = damped_inverse(torch.stack([grams_B, grams_A]), reg, relative=relative)
-    if folded:
-        K = K_B.new_zeros(count, width, width)
-        K[:, :r, :r] = K[:, r:, r:] = K_B
-        K_B = K
-    scratch: dict[torch.Size, Tensor] = {}
-    for (A, B), k_A, k_B in zip(group, K_A.unbind(), K_B.unbind(), strict=True):
-        if A.grad is not None:
-            _replace(A.grad, k_A, A.grad, scratch, from_left=True)
-        if B.grad is not None:
-            gradient = B.grad if B.grad.is_contiguous() else B.grad.contiguous()
-            _replace(B.grad, k_B, gradient.view(-1, width), scratch, from_left=False)
-
-
-def _replace(
-    gradient: Tensor, K: Tensor, view: Tensor, scratch: dict[torch.Size, Tensor], from_left: bool
-) -> None:
-    """``gradient <- K view`` or ``view K``, through a buffer that stays in the cache."""
-    buffer = scratch.get(view.shape)
-    if buffer is None:
-        buffer = scratch[view.shape] = torch.empty(view.shape, dtype=K.dtype)
-    view = view.to(K.dtype)
-    torch.mm(*((K, view) if from_left else (view, K)), out=buffer)
-    gradient.copy_(buffer.view_as(gradient))
-
-
-def _foldable(B: Tensor) -> bool:
-    """Whether B (m, r) is read as (m/2, 2r), two rows side by side.
-
-    A product with 8 columns leaves half of a vector register empty. In twice the width, B's Gram
-    matrix is the sum of two diagonal blocks, and costs half the time.
-    """
-    return B.shape[1] <= 8 and B.shape[0] % 2 == 0 and B.is_contiguous()
-
-
-def _gradient(factor: nn.Parameter) -> Tensor:
-    return torch.zeros_like(factor) if factor.grad is None else factor.grad

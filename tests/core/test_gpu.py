@@ -7,7 +7,8 @@ import lora_one
 from lora_one.adapters.state import load_initial_state, save_initial_state
 from lora_one.gradients.tap import weight_gradient
 from lora_one.numerics.svd import truncated_svd
-from lora_one.optimizers import lora_pairs, precondition_pairs
+from lora_one.optimizers import lora_pairs
+from lora_one.preconditioning import precondition_pairs
 
 from .tiny import adapted, batches_for, known_spectrum, perturb, tiny_llama
 

@@ -10,7 +10,8 @@ from peft.optimizers import create_riemannian_optimizer
 
 import lora_one
 from lora_one.layers import adapted_layers
-from lora_one.optimizers import _precondition_stacked, lora_pairs, precondition_pairs
+from lora_one.optimizers import lora_pairs
+from lora_one.preconditioning import _precondition_stacked, precondition_pairs
 
 from .tiny import adapted, batches_for, perturb, tiny_llama
 

@@ -1,0 +1,159 @@
+"""Overwrite the gradients of LoRA pairs: stacked on a GPU, side by side on the cores of a CPU."""
+
+import os
+from collections import defaultdict
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from functools import cache, partial
+from threading import Barrier
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lora_one.numerics.preconditioner import damped_inverse, precondition
+
+Pair = tuple[nn.Parameter, nn.Parameter]
+
+MAX_THREADS = 4
+"""Python's own work between two products, which one thread does at a time, is a seventh of all."""
+NUMBERS_PER_THREAD = 2**20
+"""Parameters below which starting a thread costs more than it saves."""
+
+
+@torch.no_grad()
+def precondition_pairs(pairs: list[Pair], reg: float, *, relative: bool = False) -> None:
+    """Overwrite the pairs' gradients by the preconditioned ones.
+
+    A pair with one gradient missing has the other one preconditioned; a pair without gradients
+    is left alone. On a GPU all pairs of one shape are stacked, because launching a kernel costs
+    more than copying them, and nothing waits for the device. On a CPU stacking costs more than
+    all the rest, so each gradient is multiplied where it lies, and a second core helps only as a
+    second thread with pairs of its own: the products are too small to be shared. The numbers do
+    not depend on how many threads there are.
+    """
+    groups: dict[tuple[Any, ...], list[Pair]] = defaultdict(list)
+    for A, B in pairs:
+        if A.grad is None and B.grad is None:
+            continue
+        if A.device.type == "cpu":
+            groups[True, A.shape[0], _foldable(B), A.dtype, B.dtype].append((A, B))
+        else:
+            groups[False, A.shape, B.shape, A.dtype, B.dtype, A.device].append((A, B))
+    for (on_cpu, *_), group in groups.items():
+        method = _precondition_side_by_side if on_cpu else _precondition_stacked
+        method(group, reg, relative)
+
+
+def _precondition_stacked(group: list[Pair], reg: float, relative: bool) -> None:
+    new_A, new_B = precondition(
+        torch.stack([A.detach() for A, _ in group]),
+        torch.stack([B.detach() for _, B in group]),
+        torch.stack([_gradient(A) for A, _ in group]),
+        torch.stack([_gradient(B) for _, B in group]),
+        reg,
+        relative=relative,
+    )
+    present = [
+        (factor.grad, value)
+        for (A, B), a, b in zip(group, new_A, new_B, strict=True)
+        for factor, value in ((A, a), (B, b))
+        if factor.grad is not None
+    ]
+    torch._foreach_copy_([old for old, _ in present], [new for _, new in present])
+
+
+def _precondition_side_by_side(group: list[Pair], reg: float, relative: bool) -> None:
+    numbers = sum(A.numel() + B.numel() for A, B in group)
+    threads = min(torch.get_num_threads(), MAX_THREADS, 1 + numbers // NUMBERS_PER_THREAD)
+    with _one_core_per_product():
+        if threads == 1:
+            _precondition_one_by_one(group, reg, relative)
+            return
+        shares = [group[start::threads] for start in range(threads)]
+        work = partial(_precondition_one_by_one, reg=reg, relative=relative)
+        list(_pool(threads, os.getpid()).map(work, shares))
+
+
+@cache
+def _pool(threads: int, _process: int) -> ThreadPoolExecutor:
+    """Return threads that live on, because a new one has MKL allocate its buffers anew.
+
+    A forked process, which inherits no threads, gets its own.
+    """
+    all_started = Barrier(threads)
+
+    def start() -> None:
+        # MKL keeps one number for all threads: none may set it after the caller has put it back.
+        torch.set_num_threads(1)
+        all_started.wait()
+
+    return ThreadPoolExecutor(threads, initializer=start)
+
+
+@contextmanager
+def _one_core_per_product() -> Iterator[None]:
+    cores = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(cores)
+
+
+@torch.no_grad()
+def _precondition_one_by_one(group: list[Pair], reg: float, relative: bool) -> None:
+    """Collect the r x r matrices, factorise them in one batch, multiply gradient by gradient."""
+    A, B = group[0]
+    dtype = torch.promote_types(torch.promote_types(A.dtype, B.dtype), torch.float32)
+    r, count, folded = A.shape[0], len(group), _foldable(B)
+    width = 2 * r if folded else r
+    grams_A = torch.empty(count, r, r, dtype=dtype)
+    grams_B = torch.empty(count, width, width, dtype=dtype)
+    for (A, B), gram_A, gram_B in zip(group, grams_A, grams_B, strict=True):
+        A, B = _as(dtype, A), _as(dtype, B.view(-1, width) if folded else B)
+        torch.mm(A, A.T, out=gram_A)
+        torch.mm(B.T, B, out=gram_B)
+    if folded:
+        grams_B = grams_B[:, :r, :r] + grams_B[:, r:, r:]
+    K_A, K_B = damped_inverse(torch.stack([grams_B, grams_A]), reg, relative=relative)
+    if folded:
+        K = K_B.new_zeros(count, width, width)
+        K[:, :r, :r] = K[:, r:, r:] = K_B
+        K_B = K
+    buffers: dict[torch.Size, Tensor] = {}  # one per shape, so that they stay in the cache
+    for (A, B), k_A, k_B in zip(group, K_A, K_B, strict=True):
+        if (gradient := A.grad) is not None:
+            product = torch.mm(k_A, _as(dtype, gradient), out=_like(gradient, dtype, buffers))
+            gradient.copy_(product)
+        if (gradient := B.grad) is not None:
+            gradient = gradient.view(-1, width) if folded else gradient
+            product = torch.mm(_as(dtype, gradient), k_B, out=_like(gradient, dtype, buffers))
+            gradient.copy_(product)
+
+
+def _as(dtype: torch.dtype, tensor: Tensor) -> Tensor:
+    # Even a conversion that changes nothing costs as much as starting a product.
+    return tensor if tensor.dtype == dtype else tensor.to(dtype)
+
+
+def _like(gradient: Tensor, dtype: torch.dtype, buffers: dict[torch.Size, Tensor]) -> Tensor:
+    buffer = buffers.get(gradient.shape)
+    if buffer is None:
+        buffer = buffers[gradient.shape] = torch.empty(gradient.shape, dtype=dtype)
+    return buffer
+
+
+def _foldable(B: Tensor) -> bool:
+    """Whether B (m, r) and its gradient are read as (m/2, 2r), two rows side by side.
+
+    A product with 8 columns leaves half of a vector register empty. In twice the width, B's Gram
+    matrix is the sum of two diagonal blocks, and costs half the time.
+    """
+    contiguous = B.is_contiguous() and (B.grad is None or B.grad.is_contiguous())
+    return B.shape[1] <= 8 and B.shape[0] % 2 == 0 and contiguous
+
+
+def _gradient(factor: nn.Parameter) -> Tensor:
+    return torch.zeros_like(factor) if factor.grad is None else factor.grad
