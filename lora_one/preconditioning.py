@@ -1,25 +1,19 @@
 """Overwrite the gradients of LoRA pairs: stacked on a GPU, side by side on the cores of a CPU."""
 
-import os
 from collections import defaultdict
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from functools import cache, partial
-from threading import Barrier
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from lora_one.cores import cores, map_on_cores
 from lora_one.numerics.preconditioner import damped_inverse, precondition
 
 Pair = tuple[nn.Parameter, nn.Parameter]
 
-MAX_THREADS = 4
-"""Python's own work between two products, which one thread does at a time, is a seventh of all."""
-NUMBERS_PER_THREAD = 2**20
-"""Parameters below which starting a thread costs more than it saves."""
+SMALLEST_SHARED = 2**20
+"""Parameters below which handing a share to another thread costs more than it saves."""
 
 
 @torch.no_grad()
@@ -66,43 +60,11 @@ def _precondition_stacked(group: list[Pair], reg: float, relative: bool) -> None
 
 def _precondition_side_by_side(group: list[Pair], reg: float, relative: bool) -> None:
     numbers = sum(A.numel() + B.numel() for A, B in group)
-    threads = min(torch.get_num_threads(), MAX_THREADS, 1 + numbers // NUMBERS_PER_THREAD)
-    with _one_core_per_product():
-        if threads == 1:
-            _precondition_one_by_one(group, reg, relative)
-            return
-        shares = [group[start::threads] for start in range(threads)]
-        work = partial(_precondition_one_by_one, reg=reg, relative=relative)
-        list(_pool(threads, os.getpid()).map(work, shares))
+    shares = cores() if numbers >= SMALLEST_SHARED else 1
+    work = partial(_precondition_one_by_one, reg=reg, relative=relative)
+    map_on_cores(work, [group[start::shares] for start in range(shares)])
 
 
-@cache
-def _pool(threads: int, _process: int) -> ThreadPoolExecutor:
-    """Return threads that live on, because a new one has MKL allocate its buffers anew.
-
-    A forked process, which inherits no threads, gets its own.
-    """
-    all_started = Barrier(threads)
-
-    def start() -> None:
-        # MKL keeps one number for all threads: none may set it after the caller has put it back.
-        torch.set_num_threads(1)
-        all_started.wait()
-
-    return ThreadPoolExecutor(threads, initializer=start)
-
-
-@contextmanager
-def _one_core_per_product() -> Iterator[None]:
-    cores = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(cores)
-
-
-@torch.no_grad()
 def _precondition_one_by_one(group: list[Pair], reg: float, relative: bool) -> None:
     """Collect the r x r matrices, factorise them in one batch, multiply gradient by gradient."""
     A, B = group[0]

@@ -1,9 +1,10 @@
 """Measure initialisation and preconditioning against plain PyTorch, PEFT and the published code.
 
-    python scripts/benchmark.py init                        # 29.5 M Llama, 8 x 256 tokens, r = 8
-    python scripts/benchmark.py init --width 256,512 --layers 4,8        # growth
+    python scripts/benchmark.py init                         # 29.5 M Llama, 8 x 256 tokens, r = 8
+    python scripts/benchmark.py init --width 256,512 --layers 4,8         # growth
     python scripts/benchmark.py init --model llama --tokens 1024 --dtype bfloat16 --device cuda
-    python scripts/benchmark.py optimizer                   # Llama-2-7B adapter shapes, r = 8
+    torchrun --nproc-per-node 2 scripts/benchmark.py ranks   # the rows shared by two processes
+    python scripts/benchmark.py optimizer                    # Llama-2-7B adapter shapes, r = 8
 
 Needs torch, transformers and peft only. Contestants take turns, so that a busy machine slows all
 of them; times are medians. Peak memory is that of a fresh process per contestant over what the
@@ -15,6 +16,7 @@ import copy
 import gc
 import itertools
 import json
+import os
 import platform
 import statistics
 import subprocess
@@ -26,8 +28,9 @@ from typing import Any
 
 import peft
 import torch
+import torch.distributed as dist
 import transformers
-from peft import LoraConfig, LoraGAConfig, PeftModel, get_peft_model
+from peft import LoraConfig, LoraGAConfig, get_peft_model
 from peft.optimizers import create_riemannian_optimizer
 from peft.tuners.lora.loraga import preprocess_loraga
 from torch import Tensor, nn
@@ -37,6 +40,7 @@ import lora_one
 
 PUBLISHED_LLAMA = {"width": 4096, "ffn": 11008, "layers": 32, "heads": 32, "vocabulary": 32000}
 Setting = dict[str, Any]
+Work = Callable[[], Any]
 
 
 def build(setting: Setting) -> tuple[nn.Module, dict[str, Tensor]]:
@@ -69,6 +73,12 @@ def targets(model: nn.Module) -> dict[str, nn.Module]:
     return {n: m for n, m in modules if isinstance(m, nn.Linear) and n != "lm_head"}
 
 
+def single_rows(batch: dict[str, Tensor]) -> list[dict[str, Tensor]]:
+    """Cut a batch into micro-batches of one row."""
+    rows = len(batch["input_ids"])
+    return [{key: value[i : i + 1] for key, value in batch.items()} for i in range(rows)]
+
+
 def lora_config(setting: Setting, **options: Any) -> LoraConfig:
     """Return the adapter of the published runs: every linear layer, alpha 16, rsLoRA."""
     return LoraConfig(
@@ -76,52 +86,65 @@ def lora_config(setting: Setting, **options: Any) -> LoraConfig:
     )
 
 
-def plain(model: nn.Module, batch: dict[str, Tensor], setting: Setting) -> None:
-    """Run forward and backward with the target weights' gradients, nothing else."""
+def plain(model: nn.Module, batch: dict[str, Tensor], setting: Setting) -> Work:
+    """Forward and backward with the target weights' gradients, nothing else."""
     weights = [module.weight for module in targets(model).values()]
     model.requires_grad_(False).train()
     for weight in weights:
         weight.requires_grad_(True)
-    model(**batch, use_cache=False).loss.backward()
-    for weight in weights:
-        weight.grad = None
+
+    def work() -> None:
+        model(**batch, use_cache=False).loss.backward()
+        for weight in weights:
+            weight.grad = None
+
+    return work
 
 
-def ours(model: nn.Module, batch: dict[str, Tensor], setting: Setting) -> PeftModel:
-    """Run ``lora_one.initialize``, without the extra forward pass for the loss after."""
+def adapter(model: nn.Module, batch: dict[str, Tensor], setting: Setting) -> Work:
+    """PEFT's creation of the adapter, which every method needs and none of ours includes."""
+    return lambda: get_peft_model(model, lora_config(setting))
+
+
+def ours(model: nn.Module, batch: dict[str, Tensor], setting: Setting) -> Work:
+    """``lora_one.initialize``, without the extra forward pass for the loss after."""
     adapted = get_peft_model(model, lora_config(setting))
-    lora_one.initialize(adapted, [batch], method="lora_one", measure_loss=False)
-    return adapted
+    return lambda: lora_one.initialize(adapted, [batch], method="lora_one", measure_loss=False)
 
 
-def ours_micro(model: nn.Module, batch: dict[str, Tensor], setting: Setting) -> PeftModel:
-    """Run the same with one row per micro-batch, no gradients held (joined, checkpointed)."""
+def ours_micro(model: nn.Module, batch: dict[str, Tensor], setting: Setting) -> Work:
+    """The same with one row per micro-batch, no gradients held (joined, checkpointed)."""
     adapted = get_peft_model(model, lora_config(setting))
-    rows = [{k: v[i : i + 1] for k, v in batch.items()} for i in range(setting["rows"])]
-    options = {"measure_loss": False, "strategy": "join"}
-    lora_one.initialize(adapted, rows, method="lora_one", **options)
-    return adapted
+    options = {"method": "lora_one", "measure_loss": False, "strategy": "join"}
+    return lambda: lora_one.initialize(adapted, single_rows(batch), **options)
 
 
-def pefts(model: nn.Module, batch: dict[str, Tensor], setting: Setting) -> PeftModel:
-    """Run PEFT's ``preprocess_loraga`` and its ``lora_ga`` start."""
+def pefts(model: nn.Module, batch: dict[str, Tensor], setting: Setting) -> Work:
+    """PEFT's ``preprocess_loraga`` and its ``lora_ga`` start, which includes the adapter."""
     config = lora_config(setting, init_lora_weights="lora_ga", lora_ga_config=LoraGAConfig())
     config.target_modules = list({name.rpartition(".")[2] for name in targets(model)})
 
     def step() -> None:
         model(**batch, use_cache=False).loss.backward()
 
-    preprocess_loraga(model, config, step)
-    return get_peft_model(model, config)
+    def work() -> None:
+        preprocess_loraga(model, config, step)
+        get_peft_model(model, config)
+
+    return work
 
 
-def published(model: nn.Module, batch: dict[str, Tensor], setting: Setting) -> None:
-    """Run the published algorithm: every parameter's hook collects all gradients so far.
+def published(model: nn.Module, batch: dict[str, Tensor], setting: Setting) -> Work:
+    """The published algorithm: every parameter's hook collects all gradients so far.
 
     Re-implemented from its description: all parameters require gradients, each one's hook walks
-    over all parameters, moves what has arrived to the CPU and frees it; then
-    ``svd_lowrank(q=512, niter=16)`` per target layer.
+    over all parameters, adds up on the CPU what has arrived and frees it; micro-batches of one
+    row (the published ``bsz: 1``); then ``svd_lowrank(q=512, niter=16)`` per target layer.
     """
+    return lambda: _published(model, batch, setting)
+
+
+def _published(model: nn.Module, batch: dict[str, Tensor], setting: Setting) -> None:
     collected: dict[str, Tensor] = {}
     model.requires_grad_(True).train()
 
@@ -134,30 +157,37 @@ def published(model: nn.Module, batch: dict[str, Tensor], setting: Setting) -> N
         return grad
 
     handles = [parameter.register_hook(collect) for parameter in model.parameters()]
-    model(**batch, use_cache=False).loss.backward()
-    collect(torch.zeros(()))
+    for row in single_rows(batch):
+        model(**row, use_cache=False).loss.backward()
+        collect(torch.zeros(()))
     for handle in handles:
         handle.remove()
     model.requires_grad_(False)
     for name, module in targets(model).items():
-        gradient = collected[f"{name}.weight"].to(module.weight.device).float()
+        gradient = collected[f"{name}.weight"].to(module.weight.device).float() / setting["rows"]
         torch.svd_lowrank(gradient, q=min(512, *gradient.shape), niter=16)
 
 
-def lora_step(model: nn.Module, batch: dict[str, Tensor], setting: Setting) -> None:
-    """Run one LoRA training step on the same rows: the bar for peak memory."""
+def lora_step(model: nn.Module, batch: dict[str, Tensor], setting: Setting) -> Work:
+    """One LoRA training step on the same rows: the bar for peak memory."""
     adapted = get_peft_model(model, lora_config(setting)).train()
     optimizer = torch.optim.AdamW([p for p in adapted.parameters() if p.requires_grad], lr=1e-4)
-    adapted(**batch, use_cache=False).loss.backward()
-    optimizer.step()
+
+    def work() -> None:
+        adapted(**batch, use_cache=False).loss.backward()
+        optimizer.step()
+
+    return work
 
 
-INIT = {
+# Each contestant prepares what is there before the clock starts and returns the work to measure.
+INIT: dict[str, Callable[[nn.Module, dict[str, Tensor], Setting], Work]] = {
     "forward + backward": plain,
     "lora_one.initialize": ours,
     "lora_one.initialize, micro-batches of 1": ours_micro,
-    "PEFT preprocess_loraga": pefts,
+    "PEFT preprocess_loraga and start": pefts,
     "published algorithm": published,
+    "PEFT get_peft_model, plain LoRA": adapter,
     "LoRA training step": lora_step,
 }
 
@@ -165,17 +195,18 @@ INIT = {
 def time_init(setting: Setting, repeats: int, names: list[str]) -> dict[str, dict[str, float]]:
     """Return wall and processor seconds per contestant, medians of interleaved repeats."""
     model, batch = build(setting)
-    plain(model, batch, setting)  # warms up the allocator and the thread pool
+    plain(model, batch, setting)()  # warms up the allocator and the thread pool
     seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in names}
     for _ in range(repeats):
         for name in names:
             subject = copy.deepcopy(model)
+            work = INIT[name](subject, batch, setting)
             synchronise(setting)
             wall, cpu = time.perf_counter(), time.process_time()
-            INIT[name](subject, batch, setting)
+            work()
             synchronise(setting)
             seconds[name].append((time.perf_counter() - wall, time.process_time() - cpu))
-            del subject
+            del subject, work
             gc.collect()
     medians = {}
     for name, pairs in seconds.items():
@@ -190,15 +221,16 @@ def time_init(setting: Setting, repeats: int, names: list[str]) -> dict[str, dic
 def peak_memory(setting: Setting, name: str) -> float:
     """Return MiB over the model, run in this process."""
     model, batch = build(setting)
+    work = INIT[name](model, batch, setting)
     gc.collect()
     if setting["device"] == "cuda":
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
-        INIT[name](model, batch, setting)
+        work()
         return (torch.cuda.max_memory_allocated() - before) / 2**20
     before = _resident("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
-    INIT[name](model, batch, setting)
+    work()
     return _resident("VmHWM") - before
 
 
@@ -246,18 +278,54 @@ def run_init(arguments: argparse.Namespace) -> list[dict[str, Any]]:
             table[name]["mib"] = _in_fresh_process(setting, name)
         errors = {} if arguments.no_error else accuracy(setting)
         print(f"\n{_describe(setting)}")
-        base = table["forward + backward"]["cpu_seconds"]
-        header = ("", "wall s", "cpu s", "x fwd+bwd", "peak MiB")
-        print("{:42s} {:>8s} {:>8s} {:>10s} {:>9s}".format(*header))
+        base = table["forward + backward"]
+        header = ("", "wall s", "x fwd+bwd", "cpu s", "x fwd+bwd", "peak MiB")
+        print("{:40s} {:>8s} {:>10s} {:>8s} {:>10s} {:>9s}".format(*header))
         for name, row in table.items():
             wall, cpu, mib = row["seconds"], row["cpu_seconds"], row["mib"]
-            print(f"{name:42s} {wall:8.2f} {cpu:8.2f} {cpu / base:10.2f} {mib:9.0f}")
+            print(
+                f"{name:40s} {wall:8.2f} {wall / base['seconds']:10.2f} "
+                f"{cpu:8.2f} {cpu / base['cpu_seconds']:10.2f} {mib:9.0f}"
+            )
         if errors:
             print(
                 "error of the rank-r part: {clear_gap:.1e} where the gap is clear, "
                 "{all_layers:.1e} over all layers".format(**errors)
             )
         records.append({"setting": setting, "table": table, "errors": errors})
+    return records
+
+
+def run_ranks(arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    """Measure ``initialize`` with the rows shared by the ranks that torchrun started."""
+    dist.init_process_group("nccl" if arguments.device == "cuda" else "gloo")
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    if arguments.device == "cuda":
+        arguments.device = f"cuda:{rank}"
+    records = []
+    for setting in settings(arguments):
+        model, batch = build(setting)
+        share = {key: value[rank::ranks] for key, value in batch.items()}
+        table: dict[str, dict[str, float]] = {}
+        for name in ("forward + backward", "lora_one.initialize"):
+            times = []
+            for _ in range(arguments.repeats):
+                work = INIT[name](copy.deepcopy(model), share, setting)
+                dist.barrier()
+                began = time.perf_counter()
+                work()
+                dist.barrier()
+                times.append(time.perf_counter() - began)
+            table[name] = {"seconds": statistics.median(times)}
+        records.append({"setting": setting, "ranks": ranks, "table": table})
+        if rank == 0:
+            plain_s, ours_s = (row["seconds"] for row in table.values())
+            print(f"\n{_describe(setting)}, shared by {ranks} ranks")
+            print(
+                f"forward + backward {plain_s:.2f} s, lora_one.initialize {ours_s:.2f} s, ", end=""
+            )
+            print(f"{ours_s / plain_s:.2f} x")
+    dist.destroy_process_group()
     return records
 
 
@@ -393,10 +461,13 @@ def _describe(setting: Setting) -> str:
     )
 
 
+BENCHMARKS = {"init": run_init, "ranks": run_ranks, "optimizer": run_optimizer}
+
+
 def main() -> None:
     """Parse the command line and run one benchmark."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("benchmark", choices=["init", "optimizer"])
+    parser.add_argument("benchmark", choices=list(BENCHMARKS))
     parser.add_argument("--model", choices=["small", "llama"], default="small")
     parser.add_argument("--width", help="comma-separated; 512, or 4096 for the optimizer")
     parser.add_argument("--layers", help="comma-separated; 8, or 32 for the optimizer")
@@ -419,9 +490,9 @@ def main() -> None:
     arguments.layers = arguments.layers or "8"
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
-    if not arguments.memory_of:
+    if not arguments.memory_of and os.environ.get("RANK", "0") == "0":
         print(environment())
-    records = (run_optimizer if of_optimizer else run_init)(arguments)
+    records = BENCHMARKS[arguments.benchmark](arguments)
     if arguments.json:
         content = {"environment": environment(), "records": records}
         arguments.json.write_text(json.dumps(content, indent=2))

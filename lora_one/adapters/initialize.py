@@ -2,8 +2,9 @@
 
 import math
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -23,12 +24,16 @@ from lora_one.adapters.write import (
     layer_report,
     start_adapter,
 )
+from lora_one.cores import cores, map_on_cores
 from lora_one.errors import InputError, nearest
 from lora_one.gradients.estimate import check_finite
 from lora_one.gradients.stream import agreed_batches, mean_loss, stream_gradients
 from lora_one.gradients.tokens import Batch
 from lora_one.layers import AdaptedLayer, adapted_layers, check_adapter, other_adapted
 from lora_one.numerics.factors import Factors
+
+LARGEST_ON_ONE_CORE = 2**21
+"""Numbers in a gradient up to which cores do more with one each than sharing it."""
 
 
 def initialize(
@@ -103,13 +108,19 @@ def initialize(
         if cached is not None:
             return cached
     starts: dict[str, Factors] = {}
-    by_name = {layer.name: layer for layer in layers}
     reports: dict[str, LayerReport] = {}
+    by_name = {layer.name: layer for layer in layers}
+    waiting: list[tuple[AdaptedLayer, Tensor | None]] = []
 
     def decompose(name: str, gradient: Tensor | None) -> None:
-        start = _start(by_name[name], options, gradient, report)
-        if start is not None:
-            starts[name], reports[name] = start
+        waiting.append((by_name[name], gradient))
+        if len(waiting) >= _side_by_side(gradient):
+            decompose_waiting()
+
+    def decompose_waiting() -> None:
+        for layer, start in _starts(waiting, options, report):
+            starts[layer.name], reports[layer.name] = start
+        waiting.clear()
 
     if options.spec.needs == "gradient":
         sweep = stream_gradients(
@@ -131,6 +142,7 @@ def initialize(
             )
         for name in by_name:
             decompose(name, None)
+    decompose_waiting()
     if auto:
         gamma = search_gamma(peft_model, layers, starts, batches, report, train, seed)
         options = replace(options, stable_gamma=gamma)
@@ -198,8 +210,7 @@ def initialize_adapters(
     starts, reports = {}, {}
     for layer in layers:
         gradient = gradients[layer.name].to(layer.A.device) if needs_gradient else None
-        start = _start(layer, options, gradient, report)
-        if start is not None:
+        for _, start in _starts([(layer, gradient)], options, report):
             starts[layer.name], reports[layer.name] = start
     _finish(peft_model, layers, starts, options, report, reports)
     report.seconds = time.perf_counter() - began
@@ -236,10 +247,41 @@ def _prepare(
     return layers, report
 
 
+def _side_by_side(gradient: Tensor | None) -> int:
+    """Return how many gradients to decompose together: on a CPU, small ones have a core each."""
+    if gradient is None or gradient.device.type != "cpu" or gradient.numel() > LARGEST_ON_ONE_CORE:
+        return 1
+    return cores()
+
+
+def _starts(
+    waiting: Sequence[tuple[AdaptedLayer, Tensor | None]], options: Options, report: InitReport
+) -> Iterator[tuple[AdaptedLayer, tuple[Factors, LayerReport]]]:
+    """Yield the factors and report of every layer whose gradient is not zero."""
+    work = partial(_start, options)
+    together = len(waiting) > 1
+    results = map_on_cores(work, waiting) if together else [work(item) for item in waiting]
+    for (layer, _), start in zip(waiting, results, strict=True):
+        if start is None:
+            report.left_to_peft.append(layer.name)
+            report.warnings.append(
+                f"the gradient of '{layer.name}' is zero; the layer keeps PEFT's own start."
+            )
+            continue
+        factors, entry = start
+        if dist.is_available() and dist.is_initialized():
+            # Equal gradients should give equal factors; rank 0's make it certain.
+            factors = factors._replace(B=factors.B.contiguous(), A=factors.A.contiguous())
+            for factor in (factors.B, factors.A):
+                dist.broadcast(factor, src=0)
+        yield layer, (factors, entry)
+
+
 def _start(
-    layer: AdaptedLayer, options: Options, gradient: Tensor | None, report: InitReport
+    options: Options, item: tuple[AdaptedLayer, Tensor | None]
 ) -> tuple[Factors, LayerReport] | None:
     """Return a layer's factors and report, or None if its gradient is zero."""
+    layer, gradient = item
     norm = None
     if gradient is not None:
         norm = float(gradient.norm())  # one pass tells zero from finite from the rest
@@ -247,19 +289,9 @@ def _start(
             check_finite(layer.name, gradient)
             norm = float(gradient.double().norm())
         if norm == 0:
-            report.left_to_peft.append(layer.name)
-            report.warnings.append(
-                f"the gradient of '{layer.name}' is zero; the layer keeps PEFT's own start."
-            )
             return None
     factors = compute_factors(layer, options, gradient)
-    entry = layer_report(layer, factors, norm)
-    if dist.is_available() and dist.is_initialized():
-        # Equal gradients should give equal factors; rank 0's make it certain.
-        factors = factors._replace(B=factors.B.contiguous(), A=factors.A.contiguous())
-        for factor in (factors.B, factors.A):
-            dist.broadcast(factor, src=0)
-    return factors, entry
+    return factors, layer_report(layer, factors, norm)
 
 
 def _finish(

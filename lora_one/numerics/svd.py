@@ -105,20 +105,23 @@ def _krylov(
     P_wide = torch.empty(columns, n, dtype=torch.float64, device=M.device)
     T = torch.zeros(columns, columns, dtype=torch.float64)  # P Pᵀ, small: solved on the CPU
     Omega = torch.randn(n, width, generator=generator, dtype=M.dtype).to(M.device)
-    block = torch.linalg.qr(M @ Omega).Q
+    block = torch.linalg.qr((Omega.mT @ M.mT).mT).Q
     for end in range(width, columns + 1, width):
         new = slice(end - width, end)
         Q[:, new] = block
         torch.mm(block.mT, M, out=P[new])
         P_wide[new] = P[new]
-        T[new, :end] = (P_wide[new] @ P_wide[:end].mT).cpu()
-        T[:end, new] = T[new, :end].mT
+        T[:end, new] = (P_wide[:end] @ P_wide[new].mT).cpu()
+        T[new, :end] = T[:end, new].mT
+        # M Pᵀ without its part in the basis, Q (Qᵀ M) Pᵀ = Q T; as (P Mᵀ)ᵀ, because a product
+        # with a transposed M on the left takes twice as long.
+        remainder = (P[new] @ M.mT).mT - Q[:, :end] @ T[:end, new].to(M)
+        remainder -= Q[:, :end] @ (Q[:, :end].mT @ remainder)  # again, for fp32's rounding
+        block, R = torch.linalg.qr(remainder)
+        if end == width and end < columns:
+            continue  # one block never suffices
         values, vectors = torch.linalg.eigh(T[:end, :end])
         S, W = values.flip(0).clamp(min=0).sqrt(), vectors.flip(1)
-        remainder = M @ P[new].mT
-        for _ in range(2):  # once is not enough in fp32 (Parlett: twice is)
-            remainder -= Q[:, :end] @ (Q[:, :end].mT @ remainder)
-        block, R = torch.linalg.qr(remainder)
         floor = S[0].clamp(min=torch.finfo(M.dtype).tiny) * eps
         leading = S[:rank].clamp(min=floor)
         residual = torch.linalg.matrix_norm(R.cpu().double() @ (W[new, :rank] / leading), 2)
