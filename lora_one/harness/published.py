@@ -28,7 +28,9 @@ from collections.abc import Sequence
 from lora_one.harness.config import GROUPS, METHODS
 
 # The model that the official READMEs train on each benchmark; T5-base is their default.
-PUBLISHED_MODELS = {"meta_math": "llama", "gsm8k": "llama", "commonsense_reasoning": "llama"}
+PUBLISHED_MODELS = dict.fromkeys(
+    ("meta_math", "gsm8k", "alpaca", "wizard_lm", "commonsense_reasoning"), "llama"
+)
 DEFAULT_PUBLISHED_MODEL = "t5base"
 
 # Official names of benchmarks that are called otherwise here.

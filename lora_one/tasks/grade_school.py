@@ -6,6 +6,7 @@ from fractions import Fraction
 from lora_one.errors import InputError
 from lora_one.tasks import answers
 from lora_one.tasks.base import Example, Task, Template, Verdict, make_example
+from lora_one.tasks.numerals import format_number
 from lora_one.tasks.rows import Row
 
 _CALCULATOR = re.compile(r"<<[^<>]*>>")
@@ -70,5 +71,5 @@ def gold_answer(row: Row, answer: str) -> str:
 
 
 def _verdict(answer: Fraction | None, gold: Fraction | None) -> Verdict:
-    parsed = None if answer is None else answers.format_number(answer)
+    parsed = None if answer is None else format_number(answer)
     return {"parsed": parsed, "correct": answer is not None and answer == gold}
