@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lora_one.errors import InputError
+from lora_one.errors import InputError, nearest
 from lora_one.tasks.base import (
     CountTokens,
     Example,
@@ -15,13 +15,26 @@ from lora_one.tasks.base import (
     Template,
     Verdict,
     check_split,
+    group_accuracies,
     make_example,
 )
-from lora_one.tasks.rows import Row, hold_out, hub_cache_holds, read_file, read_hub
+from lora_one.tasks.rows import Row, Rows, hold_out, hub_cache_holds, read_file, read_hub
 
 HUB_ID = "zwhe99/commonsense_170k"
+REVISION: str | None = None  # no commit is published for it; the record keeps the one that was read
+PARTS = (
+    "ARC-Challenge",
+    "ARC-Easy",
+    "boolq",
+    "hellaswag",
+    "openbookqa",
+    "piqa",
+    "social_i_qa",
+    "winogrande",
+)
 
 _LABEL = re.compile(r"\b(true|false|(?:answer|solution|option|ending)\d)\b", re.IGNORECASE)
+_FORMAT = re.compile(r"Answer format:\s*((?:[a-z]+\d?/)+[a-z]+\d?)\s*$")
 _STATEMENT = re.compile(r"the correct answer is", re.IGNORECASE)
 
 
@@ -30,13 +43,20 @@ class Commonsense(Task):
 
     Local files lie as in the LLM-Adapters repository, ``<path>/<part>/train.json`` and
     ``<part>/test.json`` with the columns ``instruction``, ``output`` and ``answer``; the parts that
-    are there are used. Validation is a slice of the training rows, chosen by a hash.
+    are there are used, or those asked for. ``path`` may also be the one file of all training rows,
+    ``commonsense_170k.json``. Validation is a slice of the training rows, chosen by a hash.
+
+    An instruction ends in the labels that come into question ("Answer format: true/false").
+    ``choice`` takes the most probable of the replies with each of them; ``strict`` and
+    ``first_label`` read a generated reply.
 
     Args:
-        path: Folder of parts; None reads the training rows from the hub.
+        path: Folder of parts or file of all; None reads the training rows from the hub.
         test_path: Folder of parts with the test rows; None: ``path``. The hub has none.
+        parts: Parts to train and, without ``test_parts``, to test on; None is every part there.
+        test_parts: Parts to test on.
         held_out_rows: Training rows held out for validation.
-        revision: Commit of the hub dataset; None is its newest.
+        revision: Commit, tag or branch of the hub dataset; None is its newest.
     """
 
     name = "commonsense"
@@ -47,7 +67,7 @@ class Commonsense(Task):
         ),
         target="{output}",
     )
-    scorers = ("strict", "first_label")
+    scorers = ("strict", "first_label", "choice")
     stop_strings = ("\n\n###",)
 
     def __init__(
@@ -55,20 +75,26 @@ class Commonsense(Task):
         *,
         path: str | Path | None = None,
         test_path: str | Path | None = None,
+        parts: list[str] | None = None,
+        test_parts: list[str] | None = None,
         held_out_rows: int = 500,
         revision: str | None = None,
     ) -> None:
         super().__init__()
-        self._folder = None if path is None else Path(path)
-        self._test_folder = self._folder if test_path is None else Path(test_path)
+        for key, named in (("parts", parts), ("test_parts", test_parts)):
+            _check_parts(key, named)
+        self._path = None if path is None else Path(path)
+        self._test_folder = self._path if test_path is None else Path(test_path)
+        self._parts = parts
+        self._test_parts = parts if test_parts is None else test_parts
         self._held_out_rows = held_out_rows
-        self._revision = revision
+        self._revision = revision or REVISION
 
     def origin(self) -> Origin:
         """Name the folder or the hub id; the test rows must be there as well."""
         test_ready = self._test_folder is not None and self._test_folder.is_dir()
-        if self._folder is not None:
-            return Origin("local", str(self._folder), self._folder.is_dir() and test_ready)
+        if self._path is not None:
+            return Origin("local", str(self._path), self._path.exists() and test_ready)
         return Origin(
             "hub", HUB_ID, hub_cache_holds(HUB_ID, revision=self._revision) and test_ready
         )
@@ -77,11 +103,9 @@ class Commonsense(Task):
         """Read one split of all parts, in the order of the parts' names."""
         check_split(split)
         if split == "test":
-            parts = self._read_parts(self._test_folder, "test")
-        elif self._folder is None:
-            parts = {"hub": read_hub(HUB_ID, None, "train", self._revision)}
+            parts = _read_parts(self._test_folder, "test", self._test_parts)
         else:
-            parts = self._read_parts(self._folder, "train")
+            parts = self._read_train()
         rows = [(part, index, row) for part, r in parts.items() for index, row in enumerate(r.rows)]
         kept = list(range(len(rows)))
         if split != "test":
@@ -110,34 +134,71 @@ class Commonsense(Task):
 
     def summarise(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
         """Add the accuracy of each part to the accuracy over all rows."""
-        metrics = super().summarise(rows)
-        verdicts: dict[str, list[bool]] = {}
-        for row in rows:
-            part = row["row_id"].split("/")[1]
-            verdicts.setdefault(part, []).append(row["scores"][self.scorers[0]]["correct"])
-        return metrics | {f"accuracy_{p}": sum(v) / len(v) for p, v in sorted(verdicts.items())}
+        parts = group_accuracies(rows, self.scorers[0], lambda row: row["row_id"].split("/")[1])
+        macro = {"accuracy_macro": sum(parts.values()) / len(parts)} if parts else {}
+        return super().summarise(rows) | macro | parts
 
-    def _read_parts(self, folder: Path | None, split: str) -> dict[str, Any]:
-        if folder is None:
+    def _read_train(self) -> dict[str, Rows]:
+        if self._path is not None and self._path.is_dir():
+            return _read_parts(self._path, "train", self._parts)
+        if self._parts is not None:
             raise InputError(
-                "dataset=commonsense: the hub has no test rows in this schema. Give the folder of "
-                "the LLM-Adapters repository's dataset/ with dataset.test_path=<folder>."
+                f"dataset.parts={','.join(self._parts)}: the rows of "
+                f"{self._path or HUB_ID} do not say their part; give the folder of the "
+                "LLM-Adapters repository's dataset/ with dataset.path=<folder>"
             )
-        files = sorted(folder.glob(f"*/{split}.json"))
-        if not files:
-            raise InputError(
-                f"{folder}: no <part>/{split}.json; expected folders such as boolq/ or piqa/ with "
-                "train.json and test.json"
-            )
-        return {file.parent.name: read_file(file) for file in files}
+        if self._path is not None:
+            return {"all": read_file(self._path)}
+        return {"all": read_hub(HUB_ID, None, "train", self._revision)}
 
     def _example(self, split: str, index: int, row: Row) -> Example:
         columns = {name: row.text(name) for name in ("instruction", "output", "answer")}
         label = _label(columns["answer"])
         if label is None:
             raise InputError(f"{row.place}: 'answer' is no label: {columns['answer']!r}")
+        offered = _FORMAT.search(columns["instruction"])
+        labels = offered[1].split("/") if offered else []
+        target = self.template.target.format(**columns)
+        choices = tuple(re.sub(rf"\b{label}\b", other, target) for other in labels)
+        if target not in choices or len(set(choices)) < len(labels):
+            raise InputError(
+                f"{row.place}: the instruction must end in 'Answer format: ' and the labels, "
+                f"among them '{label}', which the output must hold; found labels "
+                f"{', '.join(labels) or 'none'} and output {target!r}"
+            )
         prompt = self.template.prompt.format(**columns)
-        return make_example(split, index, prompt, self.template.target.format(**columns), label)
+        return make_example(split, index, prompt, target, label, choices)
+
+
+def _check_parts(key: str, named: Sequence[str] | None) -> None:
+    for part in named or ():
+        if part not in PARTS:
+            raise InputError(
+                f"dataset.{key}: no part '{part}'; valid: {', '.join(PARTS)}.{nearest(part, PARTS)}"
+            )
+    if named is not None and (not named or len(set(named)) < len(named)):
+        raise InputError(f"dataset.{key}={list(named)}: expected at least one part, each once")
+
+
+def _read_parts(folder: Path | None, split: str, named: Sequence[str] | None) -> dict[str, Rows]:
+    """Read ``<part>/<split>.json`` of the named parts, or of all that are there, by name."""
+    if folder is None or not folder.is_dir():
+        raise InputError(
+            "dataset=commonsense: the hub has no test rows in this schema. Give the folder of "
+            "the LLM-Adapters repository's dataset/ with dataset.test_path=<folder> "
+            "(git clone https://github.com/AGI-Edgerunners/LLM-Adapters)"
+            + ("." if folder is None else f"; {folder} is no folder.")
+        )
+    files = {file.parent.name: file for file in sorted(folder.glob(f"*/{split}.json"))}
+    if not files:
+        raise InputError(
+            f"{folder}: no <part>/{split}.json; expected folders such as boolq/ or piqa/ with "
+            "train.json and test.json"
+        )
+    for part in named or ():
+        if part not in files:
+            raise InputError(f"{folder}: no {part}/{split}.json; there are: {', '.join(files)}")
+    return {part: read_file(file) for part, file in files.items() if part in (named or files)}
 
 
 def _label(text: str) -> str | None:
