@@ -9,6 +9,7 @@ from lora_one.tasks.alpaca import Alpaca
 from lora_one.tasks.arithmetic import Arithmetic
 from lora_one.tasks.base import Task
 from lora_one.tasks.commonsense import Commonsense
+from lora_one.tasks.custom import Custom
 from lora_one.tasks.glue import GLUE
 from lora_one.tasks.gsm8k import GSM8K
 from lora_one.tasks.hendrycks_math import HendrycksMath
@@ -21,6 +22,7 @@ _CLASSES: tuple[type[Task], ...] = (
     Alpaca,
     Arithmetic,
     Commonsense,
+    Custom,
     GSM8K,
     HendrycksMath,
     MMLU,
