@@ -1,4 +1,4 @@
-"""Evaluation: batched greedy generation, token-weighted loss, and one call that scores a task."""
+"""Evaluation: batched generation, token-weighted loss, and one call that scores a task."""
 
 from importlib import import_module
 
@@ -8,6 +8,7 @@ _HOME = {
     "evaluate_task": "evaluate",
     "Reply": "generation",
     "generate_replies": "generation",
+    "Sampling": "sampling",
     "TokenLoss": "loss",
     "mean_token_loss": "loss",
     "token_loss_sum": "loss",

@@ -1,13 +1,14 @@
-"""Batched greedy generation that gives the replies of one-prompt-at-a-time decoding, faster.
+"""Batched generation that gives the replies of one-prompt-at-a-time decoding, faster.
 
 ``model.generate`` decodes; here prompts are sorted, padded, bounded and cut. "Greedy" is
 unconditional: no sampling setting, penalty or minimum length that a checkpoint carries in its
-``generation_config`` has an effect; only its end-of-sequence ids are read.
+``generation_config`` has an effect; only its end-of-sequence ids are read. With a ``Sampling``
+every reply has random numbers of its own (``lora_one.evaluation.sampling``).
 
-A reply is a function of the greedy token sequence alone (the tokens up to the first
-end-of-sequence id, at most ``max_new_tokens``), so batch size and order cannot change it, as long
-as the arithmetic finds the same largest logit. In fp32 batching moves logits by about 1e-6
-relative, in bf16 by about 1e-2: there, near ties can fall the other way.
+A reply is a function of the token sequence alone (the tokens up to the first end-of-sequence id,
+at most ``max_new_tokens``), so batch size and order cannot change it, as long as the arithmetic
+finds the same largest logit. In fp32 batching moves logits by about 1e-6 relative, in bf16 by
+about 1e-2: there, near ties can fall the other way.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -17,10 +18,12 @@ from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
-from transformers import GenerationConfig
+from transformers import GenerationConfig, LogitsProcessorList
 
 from lora_one.errors import InputError
+from lora_one.evaluation.batching import AUTO, Batches, BatchSize
 from lora_one.evaluation.mode import evaluation_mode, input_device
+from lora_one.evaluation.sampling import Sampling, sampler
 from lora_one.tasks.encoding import Architecture, encode_prompts, padding_id
 
 StopReason = Literal["eos", "stop", "length"]
@@ -42,18 +45,24 @@ class Reply:
     tokens: int
 
 
+OnReplies = Callable[[Sequence[int], Sequence[Reply]], None]
+"""Takes the positions of the prompts that were just answered, and their replies."""
+
+
 def generate_replies(
     model: nn.Module,
     tokenizer: Any,
     prompts: Sequence[str],
     *,
     architecture: Architecture,
-    batch_size: int,
+    batch_size: BatchSize,
     max_new_tokens: int,
     stop_strings: Sequence[str] = (),
-    progress: Callable[[int, int], None] | None = None,
+    sampling: Sampling | None = None,
+    keys: Sequence[str] | None = None,
+    on_replies: OnReplies | None = None,
 ) -> list[Reply]:
-    """Decode greedily, in batches sorted by prompt length, and return replies in prompt order.
+    """Decode in batches sorted by prompt length, and return replies in prompt order.
 
     Args:
         model: A causal or seq2seq language model, or a ``PeftModel`` of one. Its modes are put
@@ -61,22 +70,23 @@ def generate_replies(
         tokenizer: Its tokenizer; padding side and pad token do not matter.
         prompts: The texts, tokenised exactly as ``encode`` tokenises them for training.
         architecture: ``causal`` or ``seq2seq``.
-        batch_size: Rows decoded together, at most.
+        batch_size: Rows decoded together, at most; ``auto``: as many as fit
+            (``lora_one.evaluation.batching``).
         max_new_tokens: Limit for each reply. A causal model's context
             (``config.max_position_embeddings``) is a limit as well: prompt and reply share it, and
             a prompt that fills it gets an empty reply with stop reason ``length``.
         stop_strings: A reply ends where the first of these begins.
-        progress: Called with (replies finished, replies in all).
+        sampling: None decodes greedily.
+        keys: What each reply's random numbers are seeded with; needed with ``sampling``.
+        on_replies: Called after every batch.
 
     Raises:
-        InputError: ``batch_size`` or ``max_new_tokens`` below 1, or an unknown architecture.
+        InputError: ``batch_size`` or ``max_new_tokens`` below 1, an unknown architecture, or
+            sampling without a key for every prompt.
     """
-    for name, value in (("batch_size", batch_size), ("max_new_tokens", max_new_tokens)):
-        if value < 1:
-            raise InputError(f"{name}={value}; expected at least 1")
-    if architecture not in get_args(Architecture):
-        valid = ", ".join(get_args(Architecture))
-        raise InputError(f"architecture='{architecture}'; valid: {valid}")
+    _check(architecture, batch_size, max_new_tokens)
+    if sampling is not None and len(keys or ()) != len(prompts):
+        raise InputError(f"sampling needs one key a prompt: {len(prompts)} prompts, keys={keys}")
     if not prompts:
         return []
     prompt_ids = encode_prompts(prompts, tokenizer, architecture=architecture)
@@ -84,30 +94,50 @@ def generate_replies(
         min(max_new_tokens, _room(model, len(ids), architecture, max_new_tokens))
         for ids in prompt_ids
     ]
-    eos, pad = _eos_token_ids(model, tokenizer), padding_id(tokenizer)
-    generated: list[list[int]] = [[] for _ in prompts]
+    eos, pad = eos_token_ids(model, tokenizer), padding_id(tokenizer)
+    replies: dict[int, Reply] = {}
+
+    def keep(batch: Sequence[int], generated: Sequence[list[int]]) -> None:
+        made = [make_reply(tokenizer, ids, eos, stop_strings) for ids in generated]
+        replies.update(zip(batch, made, strict=True))
+        if on_replies is not None:
+            on_replies(batch, made)
+
+    def decode(batch: Sequence[int]) -> list[list[int]]:
+        inputs = _pad([prompt_ids[index] for index in batch], pad, architecture)
+        limit = max(limits[index] for index in batch)
+        draws = None if sampling is None else sampler(sampling, [keys[i] for i in batch], limit)
+        output = model.generate(
+            **{name: tensor.to(input_device(model)) for name, tensor in inputs.items()},
+            max_new_tokens=limit,
+            tokenizer=tokenizer if stop_strings else None,
+            logits_processor=LogitsProcessorList([] if draws is None else [draws]),
+        )
+        # A causal model repeats the prompt, an encoder-decoder the start token.
+        skipped = inputs["input_ids"].shape[1] if architecture == "causal" else 1
+        rows = zip(batch, output[:, skipped:].tolist(), strict=True)
+        return [_up_to_eos(row, eos)[: limits[index]] for index, row in rows]
+
+    full = [index for index, limit in enumerate(limits) if limit == 0]
+    if full:
+        keep(full, [[] for _ in full])
     todo = [index for index, limit in enumerate(limits) if limit > 0]
     # Longest first: a batch size that does not fit fails at once instead of at the end.
     todo.sort(key=lambda index: -len(prompt_ids[index]))
-    finished = len(prompts) - len(todo)
-
+    lengths = [len(prompt_ids[index]) + limits[index] for index in todo]
     with evaluation_mode(model), _plain_greedy(model, eos, pad, stop_strings):
-        for start in range(0, len(todo), batch_size):
-            batch = todo[start : start + batch_size]
-            inputs = _pad([prompt_ids[index] for index in batch], pad, architecture)
-            output = model.generate(
-                **{name: tensor.to(input_device(model)) for name, tensor in inputs.items()},
-                max_new_tokens=max(limits[index] for index in batch),
-                tokenizer=tokenizer if stop_strings else None,
-            )
-            # A causal model repeats the prompt, an encoder-decoder the start token.
-            skipped = inputs["input_ids"].shape[1] if architecture == "causal" else 1
-            for index, row in zip(batch, output[:, skipped:].tolist(), strict=True):
-                generated[index] = _up_to_eos(row, eos)[: limits[index]]
-            finished += len(batch)
-            if progress is not None:
-                progress(finished, len(prompts))
-    return [_reply(tokenizer, ids, eos, stop_strings) for ids in generated]
+        for batch, generated in Batches(model, batch_size).run(todo, lengths, decode):
+            keep(batch, generated)
+    return [replies[index] for index in range(len(prompts))]
+
+
+def _check(architecture: str, batch_size: BatchSize, max_new_tokens: int) -> None:
+    if architecture not in get_args(Architecture):
+        valid = ", ".join(get_args(Architecture))
+        raise InputError(f"architecture='{architecture}'; valid: {valid}")
+    for name, value in (("batch_size", batch_size), ("max_new_tokens", max_new_tokens)):
+        if value != AUTO and value < 1:
+            raise InputError(f"{name}={value}; expected at least 1")
 
 
 @contextmanager
@@ -150,7 +180,7 @@ def _up_to_eos(ids: list[int], eos: frozenset[int]) -> list[int]:
     return ids[: end + 1]
 
 
-def _reply(
+def make_reply(
     tokenizer: Any, ids: list[int], eos: frozenset[int], stop_strings: Sequence[str]
 ) -> Reply:
     """Turn a token sequence into a reply; depends on nothing but the sequence."""
@@ -180,7 +210,7 @@ def _room(model: nn.Module, prompt_length: int, architecture: Architecture, unli
     return unlimited if context is None else max(0, context - prompt_length)
 
 
-def _eos_token_ids(model: nn.Module, tokenizer: Any) -> frozenset[int]:
+def eos_token_ids(model: nn.Module, tokenizer: Any) -> frozenset[int]:
     """Every id that ends a reply: the tokenizer's EOS and those the checkpoint names (Llama 3)."""
     configured = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     ids = [tokenizer.eos_token_id, *(configured if isinstance(configured, list) else [configured])]

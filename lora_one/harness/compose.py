@@ -19,8 +19,9 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from lora_one.errors import InputError, nearest
-from lora_one.harness.config import GROUPS, Config, validate
+from lora_one.harness.config import GROUPS, Config
 from lora_one.harness.published import translate
+from lora_one.harness.validate import validate
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from rich.table import Table
 from lora_one.errors import InputError
 from lora_one.harness.config import Config
 from lora_one.harness.console import make_console, quiet_libraries
-from lora_one.harness.data import make_task
+from lora_one.harness.data import make_task, require_consent
 from lora_one.harness.folder import read_record, run_id
 from lora_one.harness.models import Base, find_base, skeleton
 from lora_one.harness.plan import make_plan, plan_adapter
@@ -55,8 +55,8 @@ def show_plan(configs: Sequence[Config]) -> None:
         record = read_record(Path(config.output_dir) / run_id(config)) or {}
         table.add_row(
             config.method,
-            config.optimizer.name,
-            f"{config.model.learning_rate:g}",
+            config.optimizer.name if config.trains else "none",
+            f"{config.model.learning_rate:g}" if config.trains else "-",
             str(config.seed),
             "?" if outlook.steps is None else str(outlook.steps),
             record.get("status", "to run"),
@@ -71,13 +71,16 @@ def foresee(config: Config) -> Outlook:
     """Work out target layers, parameters, steps and memory from configs and skeletons."""
     base = find_base(config.model, planning=True, task=TASKS[config.dataset.name])
     adapter, shapes = plan_adapter(config, base)
-    origin = make_task(config.dataset).origin()
+    task = make_task(config.dataset)
+    require_consent(config, task)
+    origin = task.origin()
     if origin.kind == "local" and not origin.available_offline:
         raise InputError(f"dataset.path={origin.location}: there is no such file or folder.")
-    rows, steps = config.dataset.train_rows, None
+    rows, steps = (config.dataset.train_rows, None) if config.trains else (None, 0)
     if origin.available_offline and base.available_offline:
         plan = make_plan(config)
-        rows, steps = len(plan.data.train), plan.schedule.total_steps
+        if plan.schedule is not None:
+            rows, steps = len(plan.data.train), plan.schedule.total_steps
     elif rows is not None:
         steps = plan_steps(config.model, rows).total_steps
     model = skeleton(base)
@@ -145,4 +148,6 @@ def _describe(console: Console, config: Config, outlook: Outlook) -> None:
         exact = outlook.base.available_offline and outlook.origin.available_offline
         steps = f"{outlook.steps:,} steps of {config.model.real_batch_size} rows"
         line("training", f"{'' if exact else 'at most '}{outlook.rows:,} rows, {steps}")
+    if not config.trains:
+        line("training", "none: the model is evaluated as it starts")
     line("memory", f"about {outlook.memory_bytes / 1e9:.1f} GB at full length, one device")

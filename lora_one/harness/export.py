@@ -107,11 +107,14 @@ def _reload_difference(
 
 def write_card(config: Config, folder: Path, facts: dict[str, Any]) -> None:
     """Write the adapter's README: what it is, how it was made, how to load it."""
-    metrics, exported = facts["metrics"], facts["export"]
+    exported = facts["export"]
     if exported["path"] != "adapter":
         return
     name = config.model.name
     loader = AUTO_CLASSES[facts["architecture"]].__name__
+    trained = f"trained with `{config.optimizer.name}` on `{config.dataset.name}`"
+    if not config.trains:
+        trained = "not trained (train=none)"
     lines = [
         "---",
         "library_name: peft",
@@ -122,8 +125,7 @@ def write_card(config: Config, folder: Path, facts: dict[str, Any]) -> None:
         f"# {facts['run_id']}",
         "",
         f"A plain LoRA of rank {exported['rank']} for the untouched `{name}`. It was started with "
-        f"**{config.init.direction}** and trained with `{config.optimizer.name}` on "
-        f"`{config.dataset.name}`.",
+        f"**{config.init.direction}** and {trained}.",
         "",
         "```python",
         "from peft import PeftModel",
@@ -139,11 +141,19 @@ def write_card(config: Config, folder: Path, facts: dict[str, Any]) -> None:
         f"| prompt | `{facts['data']['template']['prompt']!r}` |",
         f"| training rows | {facts['data']['rows']['train']} |",
         f"| steps | {facts['train']['steps']} |",
-        f"| {facts['primary_metric']} | {metrics[facts['primary_metric']]:.4f} of "
-        f"{metrics['n']} test rows |",
-        f"| validation loss | {metrics['validation_loss']:.4f} |",
+        *_result_lines(facts),
         "",
         "`config.yaml` and `run.json` beside this folder hold every setting, version and seed.",
         "",
     ]
     (folder / "adapter" / "README.md").write_text("\n".join(lines))
+
+
+def _result_lines(facts: dict[str, Any]) -> list[str]:
+    metrics, name = facts["metrics"], facts["primary_metric"]
+    lines = []
+    if name in metrics:
+        lines.append(f"| {name} | {metrics[name]:.4f} of {metrics['n']} test rows |")
+    if metrics["validation_loss"] is not None:
+        lines.append(f"| validation loss | {metrics['validation_loss']:.4f} |")
+    return lines

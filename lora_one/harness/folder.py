@@ -4,14 +4,43 @@ import hashlib
 import json
 import os
 import tempfile
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 from lora_one.harness.config import Config
+from lora_one.harness.given_adapter import read_adapter
 from lora_one.harness.task_options import path_options
 
-# What changes where a run is kept or shown, not what it computes.
-NOT_PART_OF_THE_RUN = {"output_dir", "dry_run", "verbose", "evaluation", "tracking", "wandb"}
+# What changes where a run is kept or shown, or how fast it is, not what it computes.
+NOT_PART_OF_THE_RUN = {
+    "output_dir",
+    "dry_run",
+    "verbose",
+    "tracking",
+    "wandb",
+    "evaluation.batch_size",
+    "evaluation.allow_code_execution",
+}
+# What a run without training does not read, and what one with an adapter that is there already.
+FOR_TRAINING = {"optimizer"} | {
+    f"model.{key}"
+    for key in (
+        "epochs",
+        "max_steps",
+        "learning_rate",
+        "weight_decay",
+        "max_grad_norm",
+        "schedule",
+        "warmup_steps",
+        "per_device_batch_size",
+        "real_batch_size",
+        "gradient_checkpointing",
+        "logging_steps",
+        "eval_epochs",
+    )
+}
+FOR_A_START = {"train", "init", "peft", "export"}
 
 
 def run_id(config: Config) -> str:
@@ -20,26 +49,34 @@ def run_id(config: Config) -> str:
     The same configuration always has the same name, whatever the time or the job, so that the
     same command finds its run again.
     """
-    settings = config.model_dump(exclude=NOT_PART_OF_THE_RUN)
+    settings = config.model_dump()
     # The same folder by another relative path is the same folder, another one is not.
     paths = [("dataset", key) for key in path_options(config.dataset.name)]
-    for section, key in [("model", "name"), *paths]:
+    for section, key in [("model", "name"), ("evaluate", "adapter"), *paths]:
         given = settings[section].get(key)
         if isinstance(given, str) and Path(given).exists():
             settings[section][key] = str(Path(given).resolve())
-    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
+    settings = without(settings, NOT_PART_OF_THE_RUN)
     rank = f"r{config.peft.lora_r}" if config.peft.use_peft else "full"
-    parts = (
-        config.dataset.name,
-        _model_slug(config.model.name),
-        config.method,
-        rank,
-        config.optimizer.name,
-        f"lr{config.model.learning_rate:g}",
-        f"s{config.seed}",
-        digest,
-    )
-    return "-".join(parts)
+    how = [rank, config.optimizer.name, f"lr{config.model.learning_rate:g}"]
+    if config.evaluate.adapter is not None:
+        settings = without(settings, FOR_TRAINING | FOR_A_START)
+        how = []
+    elif not config.trains:
+        settings = without(settings, FOR_TRAINING)
+        how = [rank, "none"]
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
+    names = [config.dataset.name, _model_slug(config.model.name), config.method]
+    return "-".join([*names, *how, f"s{config.seed}", digest])
+
+
+def without(settings: dict[str, Any], keys: Collection[str], prefix: str = "") -> dict[str, Any]:
+    """Return nested settings without some keys, written ``section`` or ``section.key``."""
+    return {
+        key: without(value, keys, f"{prefix}{key}.") if isinstance(value, dict) else value
+        for key, value in settings.items()
+        if f"{prefix}{key}" not in keys
+    }
 
 
 def _model_slug(name: str) -> str:
@@ -56,6 +93,20 @@ def read_record(folder: Path) -> dict[str, Any] | None:
         return json.loads((folder / "run.json").read_text())
     except (OSError, json.JSONDecodeError):
         return None
+
+
+def finished_record(config: Config) -> dict[str, Any] | None:
+    """Return the record of an earlier, finished run of the same configuration.
+
+    A run that evaluated an adapter which has been replaced since is none.
+    """
+    record = read_record(Path(config.output_dir) / run_id(config))
+    if record is None or record.get("status") != "finished":
+        return None
+    if config.evaluate.adapter is not None:
+        known = (record.get("adapter") or {}).get("sha256")
+        return record if known == read_adapter(config.evaluate.adapter).sha256 else None
+    return record
 
 
 def write_atomically(path: Path, text: str) -> None:

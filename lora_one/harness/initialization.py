@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+from peft import PeftModel
 from transformers import PreTrainedModel
 
 import lora_one
@@ -19,6 +20,9 @@ def initialise(config: Config, plan: Plan, base: PreTrainedModel) -> tuple[Any, 
     Returns:
         The model to train, and the init report as JSON-ready facts (what ``init.json`` holds).
     """
+    if plan.given is not None:
+        model = PeftModel.from_pretrained(base, plan.given.path, torch_device=str(base.device))
+        return model, {"method": "adapter", "summary": f"{plan.given.path}, as it is"}
     if plan.adapter is None:
         return base, {"method": "full_ft"}
     model = attach_adapter(base, plan.adapter, config.init.seed, config.init.dtype)
@@ -33,6 +37,6 @@ def initialise(config: Config, plan: Plan, base: PreTrainedModel) -> tuple[Any, 
     if METHODS[method].needs:
         options["cache_dir"] = Path(config.output_dir) / "cache" / "init"
     # Every rank takes its share of the rows; the library adds the shares up.
-    batches = plan.init_batches[rank() :: world_size()]
+    batches = plan.init_batches[rank() :: world_size()] or None
     report = lora_one.initialize(model, batches, method=method, **options)
     return model, report.to_dict() | {"summary": report.summary()}

@@ -1,13 +1,19 @@
 """Everything that can be known, and can be wrong, before a weight is loaded or a file written."""
 
+from copy import deepcopy
 from dataclasses import dataclass
 
-from peft import PeftConfig
+from peft import PeftConfig, get_peft_model
+from safetensors import safe_open
 from transformers import PreTrainedTokenizerBase
 
+from lora_one.errors import InputError
+from lora_one.evaluation.evaluate import plan_jobs
 from lora_one.harness.config import Config
 from lora_one.harness.console import quiet_libraries
 from lora_one.harness.data import Batch, Data, init_batches, load_data
+from lora_one.harness.evaluation import check_engine
+from lora_one.harness.given_adapter import WEIGHTS, GivenAdapter, read_adapter
 from lora_one.harness.models import (
     Base,
     adapter_config,
@@ -31,20 +37,22 @@ class Plan:
         tokenizer: Its tokenizer.
         data: Encoded rows and the benchmark.
         collator: Makes batches of them.
-        schedule: Optimiser steps.
+        schedule: Optimiser steps; None without training.
         adapter: PEFT's config of the adapter; None for full fine-tuning.
         shapes: (out, in) of the layers that the adapter changes.
-        init_batches: Batches of the one-step gradient, or of the init loss alone.
+        init_batches: Batches of the one-step gradient, or of the init loss alone; may be none.
+        given: The adapter that is there already, if one is evaluated.
     """
 
     base: Base
     tokenizer: PreTrainedTokenizerBase
     data: Data
     collator: Collator
-    schedule: Schedule
+    schedule: Schedule | None
     adapter: PeftConfig | None
     shapes: dict[str, tuple[int, int]]
     init_batches: list[Batch]
+    given: GivenAdapter | None
 
 
 def make_plan(config: Config) -> Plan:
@@ -55,11 +63,14 @@ def make_plan(config: Config) -> Plan:
     """
     quiet_libraries()
     base = find_base(config.model, task=TASKS[config.dataset.name])
+    given = given_adapter(config)
     adapter, shapes = plan_adapter(config, base)
     tokenizer = load_tokenizer(base, config.model)
     data = load_data(config, tokenizer, base.architecture)
-    schedule = plan_steps(config.model, len(data.train))
-    if config.peft.adalora:
+    plan_jobs(data.test, config.evaluation.samples)
+    check_engine(config, base, data)
+    schedule = plan_steps(config.model, len(data.train)) if config.trains else None
+    if config.peft.adalora and schedule is not None:
         adapter = adapter_config(config, base, schedule.total_steps)
     collator = Collator(
         padding_id(tokenizer),
@@ -71,16 +82,63 @@ def make_plan(config: Config) -> Plan:
         ),
     )
     batches = init_batches(config, data, collator) if config.peft.use_peft else []
-    return Plan(base, tokenizer, data, collator, schedule, adapter, shapes, batches)
+    return Plan(base, tokenizer, data, collator, schedule, adapter, shapes, batches, given)
+
+
+def given_adapter(config: Config) -> GivenAdapter | None:
+    """Look at the folder of ``evaluate.adapter``, if there is one."""
+    path = config.evaluate.adapter
+    return None if path is None else read_adapter(path)
 
 
 def plan_adapter(
     config: Config, base: Base
 ) -> tuple[PeftConfig | None, dict[str, tuple[int, int]]]:
     """Resolve the target layers on a skeleton and check the rank against them."""
+    given = given_adapter(config)
+    if given is not None:
+        return match_adapter(given, base, config.model.name)
     if not config.peft.use_peft:
         return None, {}
     adapter = adapter_config(config, base)
     shapes = target_shapes(skeleton(base), adapter)
     check_rank(config, shapes)
+    return adapter, shapes
+
+
+def match_adapter(
+    given: GivenAdapter, base: Base, name: str
+) -> tuple[PeftConfig, dict[str, tuple[int, int]]]:
+    """Check an adapter that is there already against a skeleton of the base.
+
+    Returns:
+        PEFT's config of it, and the shapes (out, in) of the layers that it changes.
+
+    Raises:
+        InputError: it is no LoRA, or was made for a model with other layers.
+    """
+    if given.kind != "LORA":
+        raise InputError(f"evaluate.adapter={given.path}: a {given.kind} adapter; expected LORA.")
+    adapter = PeftConfig.from_pretrained(given.path)
+    # On a skeleton there is no weight to start from, and the start is overwritten anyway.
+    adapter.init_lora_weights = False
+    shapes = target_shapes(skeleton(base), adapter)
+    expected = {
+        key.replace(".default", ""): tuple(tensor.shape)
+        for key, tensor in get_peft_model(skeleton(base), deepcopy(adapter)).state_dict().items()
+        if ".lora_A." in key or ".lora_B." in key
+    }
+    with safe_open(given.path / WEIGHTS, "pt") as file:
+        found = {
+            key: tuple(file.get_slice(key).get_shape())
+            for key in file.keys()  # noqa: SIM118 -- safe_open is no mapping
+            if ".lora_A." in key or ".lora_B." in key
+        }
+    for key in sorted(expected.keys() | found.keys()):
+        if expected.get(key) != found.get(key):
+            raise InputError(
+                f"evaluate.adapter={given.path} does not fit model.name={name}: {key} is "
+                f"{found.get(key, 'missing')} in the adapter and {expected.get(key, 'missing')} in "
+                f"the model. The adapter names {given.base} as its base."
+            )
     return adapter, shapes

@@ -17,6 +17,8 @@ official                        here
 ``wandb.name=x``                also ``tracking=wandb``, without which the name has no effect
 ==============================  ===============================================================
 
+Besides, ``evaluate.adapter=x`` without any ``model`` key gets the base that the adapter names.
+
 ``commonsense_reasoning`` as a dataset's name is ``commonsense`` here.
 
 ``init.weight`` is dropped only beside ``dataset_name`` or a ``+group=``: elsewhere it is an
@@ -25,7 +27,9 @@ unknown key like any other.
 
 from collections.abc import Sequence
 
+from lora_one.errors import InputError
 from lora_one.harness.config import GROUPS, METHODS
+from lora_one.harness.given_adapter import read_adapter
 
 # The model that the official READMEs train on each benchmark; T5-base is their default.
 PUBLISHED_MODELS = dict.fromkeys(
@@ -54,6 +58,9 @@ def translate(overrides: Sequence[str]) -> tuple[list[str], list[str]]:
 
     Returns:
         The overrides to give to Hydra, and one line for each thing that was changed or dropped.
+
+    Raises:
+        InputError: ``evaluate.adapter`` without a model, and its folder does not name one.
     """
     published = any(_is_official(override) for override in overrides)
     kept: list[str] = []
@@ -91,10 +98,22 @@ def translate(overrides: Sequence[str]) -> tuple[list[str], list[str]]:
         kept.append(f"init={preset}")
         notes.append(f"{override} is read as init={preset}")
     named = [_split(o)[1] for o in overrides if _split(o)[0] == "dataset_name"]
-    if named and "model" not in keys and "model.name" not in keys:
+    models = {"model", "model.name", "evaluate.adapter"}
+    if named and not models & set(keys):
         model = PUBLISHED_MODELS.get(named[-1], DEFAULT_PUBLISHED_MODEL)
         kept.append(f"model={model}")
         notes.append(f"dataset_name={named[-1]} without a model means model={model}, as published")
+    adapter = keys.get("evaluate.adapter", "null")
+    if adapter != "null" and not any(key.partition(".")[0] == "model" for key in keys):
+        base = read_adapter(adapter).base
+        if base is None:
+            raise InputError(
+                f"evaluate.adapter={adapter} does not say which base model it is for: add "
+                "model.name=<its base>."
+            )
+        quoted = base.replace("'", "\\'")
+        kept.append(f"model.name='{quoted}'")
+        notes.append(f"evaluate.adapter without a model means its own base, model.name={base}")
     if keys.get("wandb.name", "null") != "null" and "tracking" not in keys:
         kept.append("tracking=wandb")
         notes.append("wandb.name is given, so tracking=wandb")

@@ -18,8 +18,9 @@ from typing import Any, Self
 from omegaconf import OmegaConf
 
 from lora_one.errors import InputError
+from lora_one.evaluation.journal import is_part
 from lora_one.harness.config import Config
-from lora_one.harness.folder import read_record, run_id, write_atomically
+from lora_one.harness.folder import finished_record, read_record, run_id, write_atomically
 from lora_one.harness.meter import Meter
 
 
@@ -52,11 +53,12 @@ class RunRecord:
     @property
     def finished(self) -> dict[str, Any] | None:
         """The record of an earlier, finished run of the same configuration."""
-        earlier = read_record(self.folder)
-        return earlier if earlier and earlier.get("status") == "finished" else None
+        return finished_record(self.config)
 
     def open(self) -> Self:
         """Create the folder; what an unfinished earlier attempt left in it goes.
+
+        Replies that it had made stay: the evaluation sees whether they can still be used.
 
         Raises:
             InputError: if the folder cannot be written.
@@ -65,9 +67,10 @@ class RunRecord:
             return self
         self._refuse_if_alive()
         try:
-            if self.folder.exists():
-                shutil.rmtree(self.folder)
-            self.folder.mkdir(parents=True)
+            for entry in self.folder.iterdir() if self.folder.exists() else ():
+                if not is_part(entry):
+                    shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+            self.folder.mkdir(parents=True, exist_ok=True)
             settings = OmegaConf.to_yaml(OmegaConf.create(self.config.model_dump()))
             write_atomically(self.folder / "config.yaml", settings)
             self._save()

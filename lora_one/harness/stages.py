@@ -8,16 +8,15 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from lora_one.errors import NonFiniteError
-from lora_one.evaluation.evaluate import evaluate_task
+from lora_one.evaluation.journal import FINAL, discard
 from lora_one.evaluation.loss import mean_token_loss
+from lora_one.harness import evaluation, initialization, training
 from lora_one.harness import export as exporting
-from lora_one.harness import initialization, training
 from lora_one.harness.config import Config
-from lora_one.harness.console import say, show_progress
+from lora_one.harness.console import say
 from lora_one.harness.data import Batch, batches_of
 from lora_one.harness.diagnosis import NOTHING_FOUND, locate
 from lora_one.harness.init_table import show_layers
@@ -52,6 +51,9 @@ def load(config: Config, plan: Plan, record: RunRecord) -> PreTrainedModel:
         command=shlex.join(["python", *sys.argv]),
         provenance=provenance(),
     )
+    if plan.given is not None:
+        given = {"path": str(plan.given.path), "sha256": plan.given.sha256, "base": plan.given.base}
+        record.update(adapter=given)
     connect()
     torch.manual_seed(config.model.seed)
     dtype = base_dtype(config)
@@ -65,20 +67,20 @@ def initialise(
 ) -> Any:
     """Attach and start the adapter; keep the validation loss of the base and of the start."""
     base_loss = _validation_loss(config, plan, base, record, "base model")
-    _log(record, tracker, step=0, base_validation_loss=base_loss)
+    if base_loss is not None:
+        _log(record, tracker, step=0, base_validation_loss=base_loss)
     model, report = initialization.initialise(config, plan, base)
     start_loss = _validation_loss(config, plan, model, record, "initialised model")
-    _log(record, tracker, step=0, epoch=0.0, validation_loss=start_loss)
+    if start_loss is not None:
+        _log(record, tracker, step=0, epoch=0.0, validation_loss=start_loss)
     record.write_json("init.json", report)
     record.update(
         losses={"base_validation": base_loss, "start_validation": start_loss},
         init={name: report.get(name) for name in ("seconds", "cached", "stable_gamma")},
     )
     origin = " (from the cache)" if report.get("cached") else ""
-    say(
-        f"init: {report.get('summary', report['method'])}{origin}; "
-        f"validation loss {base_loss:.4f} -> {start_loss:.4f}"
-    )
+    losses = _losses(base_loss, start_loss)
+    say(f"init: {report.get('summary', report['method'])}{origin}{losses}")
     for warning in report.get("warnings", []):
         say(f"warning: {warning}")
     if config.verbose:
@@ -88,12 +90,17 @@ def initialise(
 
 def rehearse_export(config: Config, plan: Plan, model: Any, record: RunRecord) -> None:
     """Try the export now, so that it cannot fail after the training."""
-    if is_main():
+    if is_main() and config.trains:
         exporting.rehearse_export(config, plan.base, model, record.folder, _probe(plan))
 
 
 def train(config: Config, plan: Plan, model: Any, record: RunRecord, tracker: Tracker) -> None:
-    """Train, and keep the losses."""
+    """Train, and keep the losses; with ``train=none`` the start is the result."""
+    if plan.schedule is None:
+        losses = record.facts["losses"]
+        losses |= {"train": None, "validation": losses["start_validation"]}
+        record.update(train={"steps": 0, "tokens": 0, "tokens_per_second": None})
+        return
     schedule, settings = plan.schedule, config.model
     say(
         f"train: {schedule.total_steps} steps of {settings.per_device_batch_size} rows x "
@@ -118,34 +125,21 @@ def train(config: Config, plan: Plan, model: Any, record: RunRecord, tracker: Tr
 
 def evaluate(config: Config, plan: Plan, model: Any, record: RunRecord, tracker: Tracker) -> None:
     """Answer the test rows and score every answer."""
+    base_weights = record.facts["model"]["fingerprint"]
+    result, facts = evaluation.evaluate(config, plan, model, record.folder, base_weights)
     if not is_main():
         return
-    bar = tqdm(total=len(plan.data.test), desc="eval", leave=False, disable=not show_progress())
-
-    def progress(done: int, _: int) -> None:
-        bar.update(done - bar.n)
-
-    result = evaluate_task(
-        model,
-        plan.tokenizer,
-        plan.data.task,
-        plan.data.test,
-        architecture=plan.base.architecture,
-        batch_size=config.evaluation.batch_size,
-        max_new_tokens=config.dataset.max_new_tokens,
-        progress=progress,
-    )
-    bar.close()
-    record.write_lines("predictions.jsonl", result.rows)
-    primary = plan.data.task.primary_metric
+    record.write_lines(FINAL, result.rows)
+    discard(record.folder)
     metrics = {"validation_loss": record.facts["losses"]["validation"], **result.metrics}
-    record.update(metrics=metrics, primary_metric=primary)
+    primary = plan.data.task.primary_metric
+    record.update(metrics=metrics, primary_metric=primary, evaluation=facts)
     _log(record, tracker, step=record.facts["train"]["steps"], **result.metrics)
 
 
 def export(config: Config, plan: Plan, model: Any, record: RunRecord) -> None:
-    """Write the adapter for the untouched base and check it."""
-    if not is_main():
+    """Write the adapter for the untouched base and check it; one that is there already stays."""
+    if not is_main() or plan.given is not None:
         return
     facts = exporting.export(config, plan.base, plan.tokenizer, model, record.folder, _probe(plan))
     record.update(export=facts)
@@ -156,7 +150,7 @@ def export(config: Config, plan: Plan, model: Any, record: RunRecord) -> None:
 
 def describe_export(config: Config, record: RunRecord) -> None:
     """Write the adapter's card, now that its metrics are known."""
-    if is_main():
+    if is_main() and "export" in record.facts:
         exporting.write_card(config, record.folder, record.facts)
 
 
@@ -185,14 +179,22 @@ def report_finished(record: RunRecord) -> dict[str, Any]:
 def _report(record: RunRecord, facts: dict[str, Any], word: str) -> dict[str, Any]:
     if is_main():
         metrics, losses, metric = facts["metrics"], facts["losses"], facts["primary_metric"]
-        say(
-            f"{word}: {metric} {metrics[metric]:.4f} (n = {metrics['n']}), validation loss "
-            f"{losses['base_validation']:.4f} -> {losses['validation']:.4f}; {record.folder}"
-        )
+        result = f"{metric} {metrics[metric]:.4f}" if metric in metrics else "replies not judged"
+        change = _losses(losses["base_validation"], losses["validation"])
+        say(f"{word}: {result} (n = {metrics['n']}){change}; {record.folder}")
     return facts
 
 
-def _validation_loss(config: Config, plan: Plan, model: Any, record: RunRecord, when: str) -> float:
+def _losses(before: float | None, after: float | None) -> str:
+    return "" if before is None else f", validation loss {before:.4f} -> {after:.4f}"
+
+
+def _validation_loss(
+    config: Config, plan: Plan, model: Any, record: RunRecord, when: str
+) -> float | None:
+    """The mean loss over the validation rows; None where there are none."""
+    if plan.data.validation is None:
+        return None
     rows, size = plan.data.validation.rows, config.model.per_device_batch_size
     with record.phase("eval"):
         batches = batches_of(rows, size, plan.collator)
@@ -212,7 +214,7 @@ def _locate(model: Any, batches: list[Batch]) -> str:
 
 
 def _probe(plan: Plan) -> Batch:
-    return plan.collator(plan.data.validation.rows[:2])
+    return plan.collator(plan.data.probe)
 
 
 def _log(record: RunRecord, tracker: Tracker, **values: Any) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from lora_one.harness.compose import Point
 from lora_one.harness.console import say
-from lora_one.harness.folder import read_record, run_id, write_atomically
+from lora_one.harness.folder import finished_record, run_id, write_atomically
 from lora_one.harness.ranks import is_main
 
 DONE, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
@@ -32,10 +32,9 @@ def run_points(points: Sequence[Point], program: str) -> int:
     problems: dict[str, int] = {}
     for index, point in enumerate(points):
         name = run_id(point.config)
-        folder = Path(point.config.output_dir) / name
         say(f"[{index + 1}/{len(points)}] {name}")
         status = DONE
-        if (read_record(folder) or {}).get("status") == "finished":
+        if finished_record(point.config):
             say("already done")
         else:
             status = _run_alone(point, program, index)

@@ -7,7 +7,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from lora_one.harness.folder import NOT_PART_OF_THE_RUN, read_record
+from lora_one.harness.folder import NOT_PART_OF_THE_RUN, read_record, without
 
 
 @dataclass(frozen=True)
@@ -46,8 +46,7 @@ def _settings(folder: Path) -> dict[str, Any]:
     if not file.exists():
         return {}
     nested = OmegaConf.to_container(OmegaConf.load(file))
-    kept = {key: value for key, value in nested.items() if key not in NOT_PART_OF_THE_RUN}
-    return _flatten(kept)
+    return _flatten(without(nested, NOT_PART_OF_THE_RUN))
 
 
 def _flatten(nested: dict[str, Any], prefix: str = "") -> dict[str, Any]:

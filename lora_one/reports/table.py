@@ -16,10 +16,11 @@ from rich.text import Text
 from lora_one.harness.console import make_console
 from lora_one.reports.records import Run
 
-SEEDS = ("seed", "dataset.seed", "init.seed", "model.seed")
+SEEDS = ("seed", "dataset.seed", "init.seed", "model.seed", "evaluation.seed")
 
 # Settings that the fixed columns already show, or that follow from the choice of a method.
 SHOWN = {
+    "train",
     "model.learning_rate",
     "optimizer.name",
     "init.direction",
@@ -101,8 +102,7 @@ def _row(group: list[Run], varied: list[str], metrics: list[str]) -> list[str]:
     peak = max(phase["peak_memory_bytes"] for run in phases for phase in run.values())
     return [
         records[0]["method"],
-        settings["optimizer.name"],
-        f"{settings['model.learning_rate']:g}",
+        *_training(settings),
         *(str(settings.get(key)) for key in varied),
         str(len(group)),
         *(_mean_sd([r["metrics"].get(name) for r in records]) for name in metrics),
@@ -112,6 +112,13 @@ def _row(group: list[Run], varied: list[str], metrics: list[str]) -> list[str]:
         _mean([run["train"]["seconds"] for run in phases]),
         f"{peak / 1e9:.2f}",
     ]
+
+
+def _training(settings: dict[str, Any]) -> list[str]:
+    """Optimiser and learning rate, or that there was no training: the start itself is the row."""
+    if settings.get("train") == "none" or settings.get("evaluate.adapter") is not None:
+        return ["none", "-"]
+    return [settings["optimizer.name"], f"{settings['model.learning_rate']:g}"]
 
 
 def _mean_sd(values: Sequence[float | None]) -> str:

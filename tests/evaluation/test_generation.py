@@ -6,7 +6,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lora_one.errors import InputError
-from lora_one.evaluation import generate_replies
+from lora_one.evaluation import Sampling, generate_replies
 
 TOKENS = 20
 
@@ -205,10 +205,19 @@ def test_prompt_and_reply_share_the_context(llama, llama_tokenizer):
     assert replies[1].text == replies[2].text == ""
 
 
-def test_progress_reaches_the_number_of_prompts(llama, llama_tokenizer, prompts):
+def test_every_batch_is_handed_over_as_it_is_made(llama, llama_tokenizer, prompts):
     seen = []
-    _generate(llama, llama_tokenizer, prompts, batch_size=5, progress=lambda *at: seen.append(at))
-    assert seen == [(5, 13), (10, 13), (13, 13)]
+    replies = _generate(
+        llama,
+        llama_tokenizer,
+        prompts,
+        batch_size=5,
+        on_replies=lambda places, made: seen.append(dict(zip(places, made, strict=True))),
+    )
+    assert [len(batch) for batch in seen] == [5, 5, 3]
+    assert {place: reply for batch in seen for place, reply in batch.items()} == dict(
+        enumerate(replies)
+    )
     assert _generate(llama, llama_tokenizer, []) == []
 
 
@@ -217,6 +226,8 @@ def test_bad_arguments_are_errors(llama, llama_tokenizer):
         _generate(llama, llama_tokenizer, ["x"], batch_size=0)
     with pytest.raises(InputError, match="max_new_tokens=0"):
         _generate(llama, llama_tokenizer, ["x"], max_new_tokens=0)
+    with pytest.raises(InputError, match="one key a prompt"):
+        _generate(llama, llama_tokenizer, ["x"], sampling=Sampling(1.0))
     with pytest.raises(InputError, match="architecture='encoder'; valid: causal, seq2seq"):
         _generate(llama, llama_tokenizer, ["x"], architecture="encoder")
 

@@ -1,0 +1,240 @@
+"""The evaluation stage: every test row answered once, by whichever rank, also after a kill."""
+
+import hashlib
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from peft import PeftModel, get_peft_model_state_dict
+from torch import nn
+from tqdm import tqdm
+
+from lora_one.errors import InputError
+from lora_one.evaluation.engines import Decoding, Engine, TransformersEngine
+from lora_one.evaluation.evaluate import (
+    EvaluationResult,
+    Job,
+    Key,
+    Row,
+    answer,
+    plan_jobs,
+    row_key,
+    summarise,
+)
+from lora_one.evaluation.generation import eos_token_ids
+from lora_one.evaluation.journal import Journal, recover
+from lora_one.evaluation.sampling import Sampling
+from lora_one.evaluation.vllm_engine import VllmEngine, require_vllm
+from lora_one.harness.config import Config
+from lora_one.harness.console import say, show_progress
+from lora_one.harness.models import Base, base_dtype
+from lora_one.harness.ranks import is_main, rank, world_size
+from lora_one.tasks import Task
+
+if TYPE_CHECKING:
+    from lora_one.harness.data import Data
+    from lora_one.harness.plan import Plan
+
+
+def evaluate(
+    config: Config, plan: "Plan", model: nn.Module, folder: Path, base_weights: str | None
+) -> tuple[EvaluationResult, dict[str, Any]]:
+    """Answer and score the test rows, on all ranks; the result is the same on each.
+
+    Rows that an earlier attempt made with the same weights and settings are kept, and only the
+    others are made.
+
+    Args:
+        config: The run.
+        plan: Test rows, task and tokenizer.
+        model: The model to evaluate.
+        folder: The run folder, where rows are kept as they are made.
+        base_weights: Identifies the base model's weights.
+
+    Returns:
+        The result, and facts for the record: fingerprint, replies that were there already, ranks.
+    """
+    start = time.perf_counter()
+    task, score = plan.data.task, not config.evaluation.generate_only
+    decoding = decoding_of(config, task)
+    jobs = plan_jobs(plan.data.test, decoding.samples)
+    fingerprint, done = None, []
+    if is_main():
+        fingerprint = fingerprint_of(config, plan, model, decoding, base_weights)
+        wanted = {job.key for job in jobs}
+        done = [row for row in recover(folder, fingerprint, say) if row_key(row) in wanted]
+    fingerprint, done = _from_main((fingerprint, done))
+    recovered = {row_key(row): row for row in done}
+    todo = [job for job in jobs if job.key not in recovered]
+    if done:
+        say(f"eval: {len(done)} of {len(jobs)} replies are there already")
+    engine = make_engine(config, plan, model, folder) if todo else None
+    share = _share(todo)
+    bar = _Progress(task, done, len(share))
+    with Journal(folder, rank(), fingerprint) as journal:
+
+        def keep(rows: Sequence[Row]) -> None:
+            journal.add(rows)
+            bar.add(rows)
+
+        made = answer(engine, task, share, decoding, score=score, on_rows=keep) if share else []
+    bar.close()
+    rows = _in_order(jobs, [*done, *_gather(made)])
+    seconds = time.perf_counter() - start
+    timing = {"seconds": seconds, "answers_per_second": len(todo) / seconds}
+    facts = {"fingerprint": fingerprint, "recovered": len(done), "ranks": world_size()}
+    return EvaluationResult(summarise(task, rows, score=score) | timing, rows), facts
+
+
+def decoding_of(config: Config, task: Task) -> Decoding:
+    """Translate the ``evaluation`` section."""
+    settings = config.evaluation
+    sampling = None
+    if settings.temperature > 0:
+        sampling = Sampling(settings.temperature, settings.top_p, settings.seed)
+    return Decoding(
+        config.dataset.max_new_tokens, tuple(task.stop_strings), settings.samples, sampling
+    )
+
+
+def check_engine(config: Config, base: Base, data: "Data") -> None:
+    """Refuse what vLLM cannot do, before anything is loaded.
+
+    Raises:
+        InputError: vLLM is not installed, or the run asks it for something that it cannot do.
+    """
+    if config.evaluation.engine != "vllm":
+        return
+    instead = "Give evaluation.engine=transformers."
+    if base.architecture != "causal":
+        raise InputError(f"evaluation.engine=vllm runs causal models only. {instead}")
+    if world_size() > 1:
+        raise InputError(f"evaluation.engine=vllm runs in one process, not {world_size()} ranks.")
+    if any(example.choices for example in data.test):
+        raise InputError(
+            f"dataset={data.task.name} compares the probabilities of choices, which "
+            f"evaluation.engine=vllm does not do here. {instead}"
+        )
+    require_vllm()
+
+
+def make_engine(config: Config, plan: "Plan", model: nn.Module, folder: Path) -> Engine:
+    """Make what ``evaluation.engine`` names."""
+    if config.evaluation.engine == "transformers":
+        return TransformersEngine(
+            model, plan.tokenizer, plan.base.architecture, config.evaluation.batch_size
+        )
+    name, adapter = plan.base.location, folder / "adapter"
+    if plan.given is not None:
+        adapter = plan.given.path
+    elif plan.adapter is None:
+        name, adapter = str(folder / "model"), None
+    eos = sorted(eos_token_ids(model, plan.tokenizer))
+    dtype = str(base_dtype(config)).removeprefix("torch.")
+    # vLLM loads a copy of its own and wants the accelerator to itself.
+    model.to("cpu")
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    return VllmEngine(
+        name,
+        plan.tokenizer,
+        eos=eos,
+        adapter=adapter,
+        dtype=dtype,
+        revision=config.model.revision,
+        trust_remote_code=config.model.trust_remote_code,
+        context=getattr(plan.base.config.get_text_config(), "max_position_embeddings", None),
+    )
+
+
+def _from_main(value: Any) -> Any:
+    """What rank 0 holds, on every rank; so ranks that share no disk agree as well."""
+    if world_size() == 1:
+        return value
+    values = [value]
+    dist.broadcast_object_list(values, src=0)
+    return values[0]
+
+
+def fingerprint_of(
+    config: Config, plan: "Plan", model: nn.Module, decoding: Decoding, base_weights: str | None
+) -> str:
+    """Hash what a reply depends on: settings, scorers and weights.
+
+    Of a PEFT model the adapter's weights are read, and ``base_weights`` stands for the others.
+    """
+    if isinstance(model, PeftModel):
+        weights = get_peft_model_state_dict(model, save_embedding_layers=False)
+    else:
+        weights = model.state_dict()
+    settings = {
+        "decoding": asdict(decoding),
+        "engine": config.evaluation.engine,
+        "dtype": str(base_dtype(config)),
+        "judged": not config.evaluation.generate_only,
+        "scorers": plan.data.task.scorers,
+        "template": asdict(plan.data.task.template),
+        "base": base_weights,
+    }
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
+    for name, tensor in sorted(weights.items()):
+        digest.update(name.encode())
+        values = tensor.detach().cpu().contiguous().view(-1)
+        digest.update(values.view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def _share(todo: Sequence[Job]) -> list[Job]:
+    """This rank's part: every so many-th, the longest first, so that the parts are equal work."""
+    ordered = sorted(todo, key=lambda job: -len(job.example.prompt))
+    return ordered[rank() :: world_size()]
+
+
+def _gather(made: list[Row]) -> list[Row]:
+    """Bring the rows of all ranks together."""
+    if world_size() == 1:
+        return made
+    parts: list[list[Row]] = [[] for _ in range(world_size())]
+    dist.all_gather_object(parts, made)
+    return [row for part in parts for row in part]
+
+
+def _in_order(jobs: Sequence[Job], rows: Sequence[Row]) -> list[Row]:
+    """Put rows into the order of their jobs, each of which has exactly one."""
+    by_key: dict[Key, Row] = {row_key(row): row for row in rows}
+    if len(by_key) != len(rows) or by_key.keys() != {job.key for job in jobs}:
+        raise RuntimeError(
+            f"{len(rows)} rows for {len(jobs)} replies: each has to be made exactly once"
+        )
+    return [by_key[job.key] for job in jobs]
+
+
+class _Progress:
+    """A bar of this rank's replies, with the accuracy so far."""
+
+    def __init__(self, task: Task, done: Sequence[Row], count: int) -> None:
+        self._scorer = task.scorers[0]
+        self._seen = self._correct = 0
+        self._bar = tqdm(total=count, desc="eval", leave=False, disable=not show_progress())
+        self._count(done)
+
+    def add(self, rows: Sequence[Row]) -> None:
+        self._count(rows)
+        if self._seen:
+            self._bar.set_postfix(
+                {self._scorer: f"{self._correct / self._seen:.3f}"}, refresh=False
+            )
+        self._bar.update(len(rows))
+
+    def close(self) -> None:
+        self._bar.close()
+
+    def _count(self, rows: Sequence[Row]) -> None:
+        verdicts = [row["scores"][self._scorer] for row in rows if row["scores"]]
+        self._seen += len(verdicts)
+        self._correct += sum(verdict["correct"] for verdict in verdicts)

@@ -1,0 +1,204 @@
+"""From the dictionary that Hydra composed to a frozen ``Config``, or to one clear message.
+
+Keys that the chosen method does not read are set to None, so that two command lines that mean the
+same run share one run id. It imports no torch, so that a typing mistake is answered at once.
+"""
+
+from collections.abc import Mapping
+from typing import Any, get_args
+
+from pydantic import ValidationError
+
+from lora_one.errors import InputError, nearest
+from lora_one.harness.config import (
+    GRADIENT_METHODS,
+    METHODS,
+    SCALED_METHODS,
+    Config,
+    OptimizerConfig,
+)
+from lora_one.harness.task_options import check_options, describe, require_task
+
+
+def validate(composed: Mapping[str, Any]) -> Config:
+    """Check the composed configuration against the schema and against itself.
+
+    Raises:
+        InputError: the first key that is unknown, of the wrong type or out of range, or the first
+            pair of settings that contradict each other.
+    """
+    composed = {section: _copy(value) for section, value in composed.items()}
+    if isinstance(composed.get("init"), dict):
+        _settle_init(composed["init"])
+    if isinstance(composed.get("evaluation"), dict) and composed["evaluation"].get(
+        "temperature"
+    ) in (0, 0.0):
+        composed["evaluation"]["seed"] = None
+    try:
+        config = Config.model_validate(composed)
+    except ValidationError as error:
+        raise InputError(_explain(error, composed)) from error
+    dataset = config.dataset
+    require_task(dataset.name)
+    check_options(dataset.name, dataset.options, dataset.common)
+    _check_consistency(config)
+    return config
+
+
+def _copy(value: Any) -> Any:
+    return dict(value) if isinstance(value, Mapping) else value
+
+
+def _settle_init(init: dict[str, Any]) -> None:
+    """Spell ``init.direction`` as in METHODS and clear the keys that its method does not read."""
+    given = init.get("direction")
+    spellings = {name.lower(): name for name in METHODS} | {m: d for d, m in METHODS.items()}
+    direction = spellings.get(str(given).lower())
+    if direction is None:
+        choices = ", ".join(METHODS)
+        raise InputError(
+            f"init.direction={given}: no such method.{nearest(str(given), METHODS)}"
+            f" Valid: {choices}."
+        )
+    init["direction"] = direction
+    method = METHODS[direction]
+    if method in SCALED_METHODS and init.get("scale") == "stable":
+        if init.get("stable_gamma") is None:
+            raise InputError(f"init.stable_gamma is needed by init.direction={direction}")
+    elif init.get("stable_gamma") == "auto" or _is_positive(init.get("stable_gamma")):
+        init["stable_gamma"] = None
+    if init.get("stable_gamma") == "auto" and method != "lora_one":
+        raise InputError(
+            f"init.stable_gamma=auto compares losses after the start, and {direction} starts at "
+            "the base model's loss. Give a number, or init=lora_one."
+        )
+    if method in SCALED_METHODS and init.get("scale") is None:
+        raise InputError(f"init.scale is needed by init.direction={direction}")
+    if method not in SCALED_METHODS and "scale" in init:
+        init["scale"] = None
+    for key in ("bsz", "iters", "max_length"):
+        if method in GRADIENT_METHODS and init.get(key) is None:
+            raise InputError(f"init.{key} is needed by init.direction={direction}")
+        if method not in GRADIENT_METHODS and _is_positive(init.get(key)):
+            init[key] = None
+
+
+def _is_positive(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and value > 0
+
+
+def _check_consistency(config: Config) -> None:
+    peft, model = config.peft, config.model
+    if model.real_batch_size % model.per_device_batch_size:
+        raise InputError(
+            f"model.real_batch_size={model.real_batch_size} is not a multiple of "
+            f"model.per_device_batch_size={model.per_device_batch_size}: the steps cannot be "
+            "made of whole micro-batches."
+        )
+    if not peft.use_peft and config.init.method != "lora":
+        raise InputError(
+            "peft=full_ft trains every weight, so there is no adapter for "
+            f"init.direction={config.init.direction} to start. Add init=lora."
+        )
+    if not peft.use_peft and config.optimizer.name != "adamw":
+        raise InputError(
+            f"optimizer={config.optimizer.name} works on LoRA factors, and peft=full_ft has none. "
+            "Add optimizer=adamw."
+        )
+    if peft.adalora and peft.dora:
+        raise InputError("peft.adalora and peft.dora exclude each other: choose one.")
+    if peft.adalora and config.init.method != "lora":
+        raise InputError(
+            "peft=adalora starts from its own SVD form and takes no initialiser, "
+            f"but init.direction={config.init.direction}. Add init=lora."
+        )
+    if peft.adalora and config.optimizer.name not in ("adamw", "loraplus"):
+        raise InputError(
+            f"optimizer={config.optimizer.name} is defined for the product B A, not for AdaLoRA's "
+            "P diag(E) Q. Choose optimizer=adamw or loraplus."
+        )
+    if peft.dora and config.optimizer.name == "lorafa":
+        raise InputError(
+            "optimizer=lorafa pairs every lora_A with a lora_B, and DoRA's magnitude has no "
+            "partner. Choose another optimizer or peft=all."
+        )
+    if peft.adalora and peft.use_rslora:
+        raise InputError("peft.use_rslora has no effect on AdaLoRA. Add peft.use_rslora=false.")
+    if peft.lora_target_modules == []:
+        raise InputError("peft.lora_target_modules=[] names no layer. Write all, or qv, or a list.")
+    _check_evaluation(config)
+
+
+def _check_evaluation(config: Config) -> None:
+    evaluation, peft = config.evaluation, config.peft
+    if evaluation.temperature == 0 and evaluation.samples > 1:
+        raise InputError(
+            f"evaluation.samples={evaluation.samples} greedy replies would be all the same. Give "
+            "evaluation.temperature=<above 0>."
+        )
+    if evaluation.temperature == 0 and evaluation.top_p < 1:
+        raise InputError(
+            f"evaluation.top_p={evaluation.top_p} has no effect on greedy replies. Give "
+            "evaluation.temperature=<above 0>."
+        )
+    if evaluation.temperature > 0 and evaluation.seed is None:
+        raise InputError("evaluation.seed is needed by evaluation.temperature above 0.")
+    if config.evaluate.adapter is not None:
+        return
+    if config.train == "none" and not peft.use_peft:
+        raise InputError(
+            "peft=full_ft has nothing to initialise, and train=none nothing to train. For the base "
+            "model's own row give train=none init=lora."
+        )
+    if evaluation.engine == "vllm" and (peft.dora or peft.train_embeddings):
+        raise InputError(
+            "evaluation.engine=vllm loads plain LoRA only, not DoRA's magnitudes or trained "
+            "embeddings. Give evaluation.engine=transformers."
+        )
+
+
+def _explain(error: ValidationError, composed: Mapping[str, Any]) -> str:
+    """Say in one message what was given, what was expected and what is nearest."""
+    first = error.errors()[0]
+    # A branch of a union is part of pydantic's path but not of the key.
+    path = [str(part) for part in first["loc"]]
+    if path[0] == "optimizer" and len(path) > 2:
+        path.pop(1)
+    if path[0] in ("peft", "init", "evaluation"):
+        path = path[:2]
+    key = ".".join(path)
+    kind = first["type"]
+    if kind == "extra_forbidden":
+        valid = _keys_of(path[:-1], composed)
+        where = f"in {'.'.join(path[:-1])}" if path[:-1] else "at the top level"
+        return (
+            f"{key}: nothing reads this key.{nearest(path[-1], valid)}"
+            f" Valid keys {where}: {', '.join(valid)}."
+        )
+    if kind == "missing":
+        return f"{key} is missing: give {key}=<value>."
+    if kind == "union_tag_invalid":
+        given, valid = composed["optimizer"].get("name"), _optimizer_names()
+        return (
+            f"optimizer.name={given}: no such optimiser.{nearest(str(given), valid)}"
+            f" Valid: {', '.join(valid)}."
+        )
+    return describe(key, first["input"], [first])
+
+
+def _optimizer_names() -> list[str]:
+    branches = get_args(get_args(OptimizerConfig)[0])
+    return [name for b in branches for name in get_args(b.model_fields["name"].annotation)]
+
+
+def _keys_of(path: list[str], composed: Mapping[str, Any]) -> list[str]:
+    """Return the valid keys of the section at ``path``."""
+    if not path:
+        return list(Config.model_fields)
+    if path == ["optimizer"]:
+        name = composed["optimizer"].get("name")
+        for branch in get_args(get_args(OptimizerConfig)[0]):
+            if name in get_args(branch.model_fields["name"].annotation):
+                return list(branch.model_fields)
+    section = Config.model_fields[path[0]].annotation
+    return list(section.model_fields)

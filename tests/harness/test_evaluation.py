@@ -1,0 +1,410 @@
+"""The evaluation stage of a run: what is evaluated, resumed, shared, and agreed to."""
+
+import json
+import os
+import subprocess
+import sys
+from hashlib import sha256
+from pathlib import Path
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM
+
+from lora_one.errors import InputError
+from lora_one.evaluation.engines import TransformersEngine
+from lora_one.harness.folder import run_id
+from lora_one.harness.published import translate
+from lora_one.reports.records import find_runs
+from lora_one.reports.table import summarise
+from lora_one.tasks import Task
+from lora_one.tasks.arithmetic import Arithmetic
+from lora_one.tasks.registry import TASKS
+
+ROOT = Path(__file__).parents[2]
+
+
+def predictions(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "predictions.jsonl").read_text().splitlines()]
+
+
+def untimed(metrics: dict) -> dict:
+    return {k: v for k, v in metrics.items() if k not in ("seconds", "answers_per_second")}
+
+
+@pytest.fixture
+def folder_of():
+    return lambda config: Path(config.output_dir) / run_id(config)
+
+
+@pytest.fixture
+def adapter(tmp_path, llama_folder) -> Path:
+    """A LoRA adapter that changes what the tiny Llama says."""
+    torch.manual_seed(1)
+    base = AutoModelForCausalLM.from_pretrained(llama_folder)
+    config = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+    model = get_peft_model(base, config)
+    for name, factor in model.named_parameters():
+        if "lora_" in name:
+            factor.data.mul_(20)
+    model.save_pretrained(tmp_path / "given")
+    return tmp_path / "given"
+
+
+def test_without_training_the_start_is_the_result(small, run, folder_of):
+    config = small("train=none")
+    record = run(config)
+    assert record["train"]["steps"] == 0
+    losses = record["losses"]
+    assert losses["validation"] == losses["start_validation"] != losses["base_validation"]
+    assert record["metrics"]["n"] == 6
+    assert "not trained (train=none)" in (folder_of(config) / "adapter" / "README.md").read_text()
+    assert record["run_id"] != run_id(small())
+    assert "-lora_one-r4-none-s0-" in record["run_id"]
+    # The first step of the trained run starts where this one ends.
+    assert run(small())["losses"]["start_validation"] == losses["start_validation"]
+    results = summarise(find_runs(Path(config.output_dir)))
+    rows = {row[1]: row for row in results.rows}
+    assert rows["none"][:3] == ["lora_one", "none", "-"]
+    assert rows["adamw"][0] == "lora_one"
+
+
+def test_settings_of_a_training_that_does_not_happen_make_no_other_run(small):
+    one = run_id(small("train=none"))
+    assert run_id(small("train=none", "model.learning_rate=1", "optimizer=loraplus")) == one
+    assert run_id(small("train=none", "init.stable_gamma=3")) != one
+    assert run_id(small("train=none", "evaluation.temperature=1")) != one
+
+
+def test_the_base_model_has_a_row_of_its_own_and_needs_test_rows_only(
+    small, run, copy_of, rows_folder
+):
+    """train=none init=lora: LoRA's zero start is the base model."""
+    rows = copy_of(rows_folder)
+    for split in ("train", "validation"):
+        (rows / f"{split}.jsonl").unlink()
+    record = run(small("train=none", "init=lora", f"dataset.path={rows}"))
+    assert record["metrics"]["n"] == 6
+    assert record["metrics"]["validation_loss"] is None
+    assert record["data"]["rows"] == {"train": 0, "validation": 0, "test": 6}
+    assert (record["method"], record["train"]["steps"]) == ("lora", 0)
+    cells = summarise(find_runs(Path(small().output_dir)))
+    row = dict(zip(cells.columns, cells.rows[0], strict=True))
+    assert (row["optimiser"], row["lr"], row["validation loss"]) == ("none", "-", "-")
+
+
+def test_a_gradient_without_training_rows_is_refused(small, run, copy_of, rows_folder):
+    rows = copy_of(rows_folder)
+    (rows / "train.jsonl").unlink()
+    config = small("train=none", f"dataset.path={rows}")
+    with pytest.raises(InputError, match="LoRA-One takes a gradient of training rows, also with"):
+        run(config)
+    assert not Path(config.output_dir).exists()
+
+
+def test_full_fine_tuning_without_training_is_refused(small):
+    with pytest.raises(InputError, match="train=none init=lora"):
+        small("train=none", "peft=full_ft", "init=lora")
+
+
+def test_an_adapter_that_is_there_is_evaluated_as_it_is(small, run, adapter, folder_of):
+    base = run(small("train=none", "init=lora"))
+    config = small(f"evaluate.adapter={adapter}")
+    record = run(config)
+    assert record["method"] == "adapter"
+    assert record["adapter"] == {
+        "path": str(adapter),
+        "sha256": sha256((adapter / "adapter_model.safetensors").read_bytes()).hexdigest(),
+        "base": config.model.name,
+    }
+    assert record["train"]["steps"] == 0
+    assert "export" not in record
+    ours, theirs = folder_of(config), Path(config.output_dir) / base["run_id"]
+    assert {row["reply"] for row in predictions(ours)} != {
+        row["reply"] for row in predictions(theirs)
+    }
+    assert not (ours / "adapter").exists()
+    assert run(config) == record  # finished: not done again
+
+
+def test_what_a_run_exports_evaluates_to_what_the_run_says(small, run, folder_of):
+    config = small("init=pissa", "model.learning_rate=1e-2")
+    record = run(config)
+    exported = folder_of(config) / "adapter"
+    again = run(small(f"evaluate.adapter={exported}"))
+    replies = [row["reply"] for row in predictions(Path(config.output_dir) / again["run_id"])]
+    assert replies == [row["reply"] for row in predictions(folder_of(config))]
+    assert again["run_id"] != record["run_id"]
+
+
+def test_an_adapter_that_was_replaced_is_evaluated_again(small, run, adapter):
+    config = small(f"evaluate.adapter={adapter}")
+    first = run(config)
+    file = adapter / "adapter_model.safetensors"
+    raw = bytearray(file.read_bytes())
+    raw[-2] ^= 1
+    file.write_bytes(bytes(raw))
+    second = run(config)
+    assert second["adapter"]["sha256"] != first["adapter"]["sha256"]
+
+
+def test_an_adapter_without_a_model_means_its_own_base(adapter, llama_folder, compose, tmp_path):
+    overrides, notes = translate([f"evaluate.adapter={adapter}"])
+    assert compose(*overrides).model.name == str(llama_folder)
+    assert f"model.name={llama_folder}" in notes[0]
+    overrides, notes = translate([f"evaluate.adapter={adapter}", "model=llama"])
+    assert compose(*overrides).model.name == "meta-llama/Llama-2-7b-hf"
+    settings = json.loads((adapter / "adapter_config.json").read_text())
+    settings["base_model_name_or_path"] = None
+    (adapter / "adapter_config.json").write_text(json.dumps(settings))
+    with pytest.raises(InputError, match=r"add model\.name=<its base>"):
+        translate([f"evaluate.adapter={adapter}"])
+
+
+def test_an_adapter_that_cannot_be_used_is_refused_before_anything_is_written(
+    small, run, adapter, llama_folder, tmp_path
+):
+    with pytest.raises(InputError, match="there is no such folder"):
+        run(small(f"evaluate.adapter={tmp_path / 'nowhere'}"))
+    with pytest.raises(
+        InputError, match=r"no adapter_config\.json.*model\.name=<folder> train=none"
+    ):
+        run(small(f"evaluate.adapter={llama_folder}"))
+    with pytest.raises(InputError, match=r"does not fit model\.name=.*lora_A\.weight is \(4, 32\)"):
+        run(small(f"evaluate.adapter={adapter}", f"model.name={ROOT / 'data' / 'tiny_llama'}"))
+    settings = json.loads((adapter / "adapter_config.json").read_text())
+    (adapter / "adapter_config.json").write_text(json.dumps(settings | {"peft_type": "IA3"}))
+    with pytest.raises(InputError, match="a IA3 adapter; expected LORA"):
+        run(small(f"evaluate.adapter={adapter}"))
+    assert not Path(small().output_dir).exists()
+
+
+class Killed(BaseException):
+    """What a kill looks like to code that is being killed: nothing catches it."""
+
+
+def _kill_after(monkeypatch, batches: int):
+    original = Arithmetic.judge
+    judged = []
+
+    def judge(self, replies, examples):
+        if len(judged) == batches:
+            raise Killed
+        judged.extend(example.row_id for example in examples[:1])
+        return original(self, replies, examples)
+
+    monkeypatch.setattr(Arithmetic, "judge", judge)
+    return lambda: monkeypatch.setattr(Arithmetic, "judge", original)
+
+
+@pytest.fixture
+def count_prompts(monkeypatch):
+    """Notes which rows are generated."""
+    asked = []
+    original = TransformersEngine.reply
+
+    def reply(self, examples, *rest):
+        asked.append([example.row_id for example in examples])
+        return original(self, examples, *rest)
+
+    monkeypatch.setattr(TransformersEngine, "reply", reply)
+    return asked
+
+
+EVALUATIONS = {
+    "one step": ["train=none"],
+    "trained": [],
+    "samples": ["train=none", "evaluation.samples=2", "evaluation.temperature=0.8"],
+}
+
+
+@pytest.mark.parametrize("overrides", EVALUATIONS.values(), ids=EVALUATIONS.keys())
+def test_a_killed_evaluation_goes_on_where_it_stopped(
+    small, run, folder_of, monkeypatch, count_prompts, capsys, tmp_path, overrides
+):
+    whole = small(*overrides, f"output_dir={tmp_path / 'whole'}")
+    expected = run(whole)
+    rows = predictions(folder_of(whole))
+
+    config = small(*overrides, "evaluation.batch_size=2")
+    revive = _kill_after(monkeypatch, 2)
+    with pytest.raises(Killed):
+        run(config)
+    revive()
+    (part,) = folder_of(config).glob("predictions.jsonl.part-*")
+    kept = [json.loads(line)["row_id"] for line in part.read_text().splitlines()[1:]]
+    assert len(kept) == 4
+    part.write_text(part.read_text() + '{"row_id": "te')  # the batch that was being written
+
+    count_prompts.clear()
+    capsys.readouterr()
+    resumed = run(config)
+    assert len(count_prompts[0]) == len(rows) - 4
+    said = capsys.readouterr().out
+    assert f"eval: 4 of {len(rows)} replies are there already" in said
+    assert "line 6 is torn; 1 line(s) are made again" in said
+    assert predictions(folder_of(config)) == rows
+    assert untimed(resumed["metrics"]) == untimed(expected["metrics"])
+    assert not list(folder_of(config).glob("*.part*"))
+
+
+def test_replies_of_other_weights_are_made_again(
+    small, run, folder_of, monkeypatch, count_prompts, capsys, copy_of, llama_folder
+):
+    base = copy_of(llama_folder)
+    config = small("train=none", "init=lora", f"model.name={base}", "evaluation.batch_size=2")
+    revive = _kill_after(monkeypatch, 2)
+    with pytest.raises(Killed):
+        run(config)
+    revive()
+    model = AutoModelForCausalLM.from_pretrained(base)
+    model.model.norm.weight.data.mul_(1.5)
+    model.save_pretrained(base)
+    count_prompts.clear()
+    assert run(config)["metrics"]["n"] == len(count_prompts[0]) == 6
+    assert (
+        "holds 4 replies of other weights or settings; they are not used" in capsys.readouterr().out
+    )
+
+
+class Programs(Arithmetic):
+    """A benchmark whose replies would be run."""
+
+    name = "programs"
+    executes_code = True
+
+
+@pytest.fixture
+def programs(small, monkeypatch):
+    monkeypatch.setitem(TASKS, "programs", Programs)
+
+    def from_overrides(*overrides):
+        return small("dataset.name=programs", "train=none", "init=lora", *overrides)
+
+    return from_overrides
+
+
+@pytest.mark.parametrize("dry", ["dry_run=true", "dry_run=false"])
+def test_consent_is_asked_before_anything_is_loaded_or_written(programs, run, dry):
+    from lora_one.harness.dry_run import show_plan
+
+    config = programs(dry)
+    with pytest.raises(InputError, match=r"allow_code_execution=true.*generate_only=true"):
+        show_plan([config]) if config.dry_run else run(config)
+    assert not Path(config.output_dir).exists()
+
+
+def test_with_consent_replies_are_judged(programs, run):
+    assert "accuracy" in run(programs("evaluation.allow_code_execution=true"))["metrics"]
+
+
+def test_replies_can_be_written_without_being_judged(programs, run, monkeypatch, folder_of, capsys):
+    monkeypatch.setattr(Task, "judge", None)
+    config = programs("evaluation.generate_only=true")
+    record = run(config)
+    assert [row["scores"] for row in predictions(folder_of(config))] == [{}] * 6
+    assert record["metrics"]["n"] == 6
+    assert "accuracy" not in record["metrics"]
+    assert "done: replies not judged (n = 6)" in capsys.readouterr().out
+    results = summarise(find_runs(Path(config.output_dir)))
+    assert dict(zip(results.columns, results.rows[0], strict=True))["accuracy"] == "-"
+
+
+CONTRADICTIONS = {
+    "samples": (["evaluation.samples=2"], r"samples=2 greedy replies.*temperature=<above 0>"),
+    "top_p": (["evaluation.top_p=0.9"], "has no effect on greedy replies"),
+    "no seed": (["evaluation.temperature=1", "evaluation.seed=null"], "seed is needed"),
+    "size": (["evaluation.batch_size=0"], "batch_size=0: expected greater than 0"),
+    "dora": (["evaluation.engine=vllm", "peft=dora"], "plain LoRA only"),
+    "typo": (["evaluate.adaptor=x"], "Did you mean 'adapter'"),
+    "train": (["train=non"], "Did you mean 'none'"),
+}
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"), CONTRADICTIONS.values(), ids=CONTRADICTIONS.keys()
+)
+def test_settings_that_contradict_each_other_are_refused(small, overrides, message):
+    with pytest.raises(InputError, match=message):
+        small(*overrides)
+
+
+def test_greedy_replies_do_not_depend_on_a_seed(small):
+    assert run_id(small("evaluation.seed=5")) == run_id(small())
+    assert run_id(small("evaluation.temperature=1", "evaluation.seed=5")) != run_id(
+        small("evaluation.temperature=1")
+    )
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [([], "pip install vllm"), (["t5"], "causal models only"), (["ranks"], "in one process")],
+)
+def test_what_vllm_cannot_do_is_said_before_anything_is_loaded(
+    small, run, t5_folder, monkeypatch, overrides, message
+):
+    monkeypatch.setitem(sys.modules, "vllm", None)
+    more = [f"model.name={t5_folder}"] if overrides == ["t5"] else []
+    if overrides == ["ranks"]:
+        monkeypatch.setenv("WORLD_SIZE", "2")
+    config = small("evaluation.engine=vllm", "train=none", "init=lora", *more)
+    with pytest.raises(InputError, match=message):
+        run(config)
+    assert not Path(config.output_dir).exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("attempt", ["fresh", "resumed"])
+def test_two_ranks_score_every_row_once(llama_folder, rows_folder, tmp_path, attempt):
+    def evaluate(*launcher: str):
+        place = tmp_path / f"{len(launcher)}"
+        overrides = [
+            "train=none",
+            "init=lora",
+            f"model.name={llama_folder}",
+            f"dataset.path={rows_folder}",
+            f"output_dir={place}",
+            "dataset.max_new_tokens=6",
+            "peft.lora_r=4",
+            "evaluation.samples=3",
+            "evaluation.temperature=0.9",
+            "evaluation.batch_size=2",
+        ]
+        answer = subprocess.run(
+            [sys.executable, *launcher, str(ROOT / "run_exp.py"), *overrides],
+            env=os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert answer.returncode == 0, answer.stderr
+        (folder,) = place.glob("arithmetic-*")
+        return answer.stdout, json.loads((folder / "run.json").read_text()), folder
+
+    def both():
+        return evaluate("-m", "torch.distributed.run", "--nproc-per-node=2")
+
+    _, alone, expected = evaluate()
+    said, record, folder = both()
+    assert said.count("done: accuracy") == 1
+    if attempt == "resumed":
+        # As two ranks leave it that were killed: no final file, some rows in two parts.
+        (folder / "run.json").write_text(json.dumps(record | {"status": "failed"}))
+        whole = (folder / "predictions.jsonl").read_text()
+        (folder / "predictions.jsonl").unlink()
+        header = json.dumps({"fingerprint": _fingerprint(folder)}) + "\n"
+        lines = whole.splitlines(keepends=True)
+        for rank, mine in enumerate((lines[:5], lines[7:9])):
+            (folder / f"predictions.jsonl.part-{rank}").write_text(header + "".join(mine))
+        said, record, folder = both()
+        assert "eval: 7 of 18 replies are there already" in said
+    rows = predictions(folder)
+    assert len({(row["row_id"], row["sample"]) for row in rows}) == len(rows) == 18
+    assert rows == predictions(expected)
+    assert untimed(record["metrics"]) == untimed(alone["metrics"])
+    assert not list(folder.glob("*.part*"))
+
+
+def _fingerprint(folder: Path) -> str:
+    return json.loads((folder / "run.json").read_text())["evaluation"]["fingerprint"]
