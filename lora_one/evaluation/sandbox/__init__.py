@@ -1,0 +1,57 @@
+"""Run programs that a model wrote, and judge them by tests that they cannot touch.
+
+**What is defended.** The machine (files, network, other processes, memory, time) and the verdict.
+The program is assumed hostile; the benchmark's prelude and tests are trusted, but run in a sandbox
+all the same.
+
+**The verdict.** Program and tests run in *two* processes, each in a sandbox of its own: the
+candidate, which holds the program, and the examiner, which holds the tests and the expected values.
+Calls travel from examiner to candidate and results back, as JSON of plain values over two pipes.
+Comparisons, counting and the verdict happen in the examiner; only it holds the pipe to the
+supervisor outside. Whatever the program does to its own interpreter (printing, ``os._exit``,
+replacing ``sys.stdout`` or builtins, patching modules, walking frames and the heap, closing or
+writing to descriptors, an ``__eq__`` that always agrees), the worst is a wrong reply or none.
+
+**Isolation levels**, found by trying (``isolation()``), named in every verdict:
+
+* ``unshare``: new user, mount, PID, network, IPC and UTS namespaces. The root holds the Python
+  installation and the system's libraries, read-only, four devices, and an empty ``/tmp`` of limited
+  size as the only place to write; no home, no /proc, no /sys, no network. No capabilities, no new
+  privileges, no further user namespaces. The end of the guard, process 1, ends everything.
+* ``bubblewrap``: the same through ``bwrap``, where only that program may create namespaces; its
+  ``/proc`` of the sandbox's own processes is visible. Not used by root, whom the process limit
+  would not bind.
+* ``rlimits``: no namespace could be had. Limits hold, a fresh temporary folder is the working
+  folder, an audit hook refuses what Python code does outside it, and started by root the program
+  runs as nobody. This stops accidents, **not attackers**: native code may read what the user may
+  read, connect, and signal the user's processes.
+
+**What remains.** The kernel is shared: a hole in it is a hole here. A program can pass tests
+without solving the task if it knows the expected values, say by heart, or guesses ``True``.
+Arguments and results go by value, so a test that looks for changes in its own arguments does not
+see them, and programs have the standard library only. Memory in System V segments and anonymous
+files is bounded per process, not in total.
+
+Standard library only; Linux for the first two levels.
+"""
+
+from lora_one.evaluation.sandbox.guard import Limits
+from lora_one.evaluation.sandbox.judge import (
+    REASONS,
+    Isolation,
+    Outcome,
+    isolation,
+    judge_program,
+)
+from lora_one.evaluation.sandbox.launch import LEVELS, SandboxError
+
+__all__ = [
+    "LEVELS",
+    "REASONS",
+    "Isolation",
+    "Limits",
+    "Outcome",
+    "SandboxError",
+    "isolation",
+    "judge_program",
+]

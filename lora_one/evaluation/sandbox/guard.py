@@ -1,0 +1,207 @@
+"""The first process of a sandbox: starts the program, watches it, and says how it ended.
+
+Inside a PID namespace the guard is process 1. Its end is the end of every other process there,
+whatever session or group they moved to, and no signal from inside can end it.
+"""
+
+import os
+import resource
+import select
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lora_one.evaluation.sandbox import kernel
+
+_INTERVAL = 0.02  # seconds between looks at the processes
+_TAIL = 2000  # bytes of output that are kept
+_PAGE = os.sysconf("SC_PAGE_SIZE")
+_TICKS = os.sysconf("SC_CLK_TCK")
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a program may use, its children included.
+
+    Attributes:
+        cpu_seconds: Processor time of each process, and of all together.
+        wall_seconds: Time from the start of the program to the verdict.
+        memory_bytes: Address space of each process, and resident memory of all together.
+        processes: Processes and threads at a time.
+        file_bytes: Size of a file.
+        work_bytes: Size of all files together, where the working folder is a file system.
+        output_bytes: What may be printed.
+        reply_bytes: Size of a returned value on its way to the tests.
+    """
+
+    cpu_seconds: float = 8.0
+    wall_seconds: float = 10.0
+    memory_bytes: int = 1 << 30
+    processes: int = 32
+    file_bytes: int = 16 << 20
+    work_bytes: int = 64 << 20
+    output_bytes: int = 1 << 20
+    reply_bytes: int = 16 << 20
+
+
+@dataclass(frozen=True)
+class End:
+    """How a program ended.
+
+    Attributes:
+        kind: ``exit``, ``signal``, or the limit that was passed: ``timeout``, ``memory``,
+            ``output``.
+        code: The exit status or the number of the signal.
+        output: The last of what it printed.
+    """
+
+    kind: str
+    code: int
+    output: str
+
+
+def confine(limits: Limits, user: int | None, processes: int) -> None:
+    """Apply the limits to this process and give up every privilege; there is no way back."""
+    for name, value in (
+        ("RLIMIT_CPU", max(1, round(limits.cpu_seconds))),
+        ("RLIMIT_AS", limits.memory_bytes),
+        ("RLIMIT_FSIZE", limits.file_bytes),
+        ("RLIMIT_NOFILE", 64),
+        ("RLIMIT_CORE", 0),
+        ("RLIMIT_MEMLOCK", 0),
+        ("RLIMIT_MSGQUEUE", 0),
+        ("RLIMIT_NPROC", processes),
+    ):
+        _lower(name, value)
+    if user is not None:
+        os.setgroups([])
+        os.setresgid(user, user, user)
+        os.setresuid(user, user, user)
+    kernel.drop_privileges()
+
+
+def watch(child: int, output: int, limits: Limits, proc: int | None) -> End:
+    """Wait for ``child`` and enforce the limits that the kernel enforces only per process.
+
+    Args:
+        child: Process to wait for.
+        output: Reading end of the pipe that it prints to.
+        limits: The limits.
+        proc: Descriptor of the ``/proc`` whose processes all belong to the program, but for this
+            one; None: only ``child`` itself is seen, through its limits.
+    """
+    tail, printed, next_look = b"", 0, 0.0
+    open_output = True
+    while True:
+        ready, _, _ = select.select([output] if open_output else [], [], [], _INTERVAL)
+        if ready:
+            chunk = os.read(output, 1 << 16)
+            open_output = bool(chunk)
+            printed += len(chunk)
+            tail = (tail + chunk)[-_TAIL:]
+        text = tail.decode(errors="replace")
+        if printed > limits.output_bytes:
+            return End("output", 0, text)
+        ended = _reap(child)
+        if ended is not None:
+            return _describe(ended, text)
+        if proc is not None and time.monotonic() >= next_look:
+            next_look = time.monotonic() + _INTERVAL
+            passed = _passed_limit(proc, limits)
+            if passed is not None:
+                return End(passed, 0, text)
+
+
+def kill_descendants() -> None:
+    """Kill what descends from this process, until nothing is left (no PID namespace does it)."""
+    me = os.getpid()
+    for _ in range(1000):
+        parents = dict(_parents())
+        victims = [pid for pid in parents if pid != me and _descends(pid, me, parents)]
+        if not victims:
+            return
+        for pid in victims:
+            with suppress(ProcessLookupError, PermissionError):
+                os.kill(pid, signal.SIGKILL)
+        with suppress(ChildProcessError):
+            while os.waitpid(-1, os.WNOHANG)[0]:
+                pass
+        time.sleep(0.002)
+
+
+def _reap(child: int) -> int | None:
+    """Collect ended processes, adopted ones too; return the wait status of ``child``."""
+    found = None
+    with suppress(ChildProcessError):
+        while True:
+            pid, status = os.waitpid(-1, os.WNOHANG)
+            if pid == 0:
+                break
+            if pid == child:
+                found = status
+    return found
+
+
+def _describe(status: int, text: str) -> End:
+    code = os.waitstatus_to_exitcode(status)
+    if code in (-signal.SIGXCPU, -signal.SIGKILL):
+        # SIGKILL: the hard limit on processor time, or the kernel's own memory killer.
+        return End("timeout" if code == -signal.SIGXCPU else "signal", -code, text)
+    return End("exit" if code >= 0 else "signal", abs(code), text)
+
+
+def _passed_limit(proc: int, limits: Limits) -> str | None:
+    memory, cpu = 0, 0.0
+    for name in os.listdir(proc):
+        if not name.isdigit() or name == "1":
+            continue
+        fields = _stat_fields(f"{name}/stat", proc)
+        if fields is not None:
+            # After the name in brackets: utime, stime and the resident pages.
+            cpu += (int(fields[11]) + int(fields[12])) / _TICKS
+            memory += int(fields[21]) * _PAGE
+    children = resource.getrusage(resource.RUSAGE_CHILDREN)
+    cpu += children.ru_utime + children.ru_stime
+    if memory > limits.memory_bytes:
+        return "memory"
+    return "timeout" if cpu > limits.cpu_seconds else None
+
+
+def _parents() -> Iterator[tuple[int, int]]:
+    for folder in Path("/proc").glob("[0-9]*"):
+        fields = _stat_fields(f"{folder}/stat")
+        if fields is not None and fields[0] != "Z":
+            yield int(folder.name), int(fields[1])
+
+
+def _descends(pid: int, ancestor: int, parents: dict[int, int]) -> bool:
+    while pid in parents:
+        pid = parents[pid]
+        if pid == ancestor:
+            return True
+    return False
+
+
+def _stat_fields(path: str, dir_fd: int | None = None) -> list[str] | None:
+    """Return the fields of a stat file from the state on; None when the process is gone."""
+    opener: Callable[[str, int], int] = lambda name, flags: os.open(name, flags, dir_fd=dir_fd)  # noqa: E731
+    try:
+        with open(path, opener=opener) as file:
+            return file.read().rpartition(")")[2].split()
+    except (FileNotFoundError, ProcessLookupError):
+        return None
+
+
+def _lower(name: str, value: int) -> None:
+    kind: Any = getattr(resource, name, None)
+    if kind is None:
+        return
+    _, hard = resource.getrlimit(kind)
+    value = value if hard == resource.RLIM_INFINITY else min(value, hard)
+    # The soft limit on processor time sends SIGXCPU, which tells it from other ends.
+    spare = 1 if name == "RLIMIT_CPU" and (hard == resource.RLIM_INFINITY or hard > value) else 0
+    resource.setrlimit(kind, (value, value + spare))

@@ -1,0 +1,137 @@
+"""What passes between the examiner and the candidate: frames of JSON that hold plain values.
+
+No pickle and no marshal: the examiner reads what the candidate wrote, and neither survives a
+hostile writer. A value that is not plain data travels as a reference, a number that only its owner
+can turn back into the object.
+"""
+
+import json
+import os
+import struct
+from collections import deque
+from collections.abc import Callable
+from decimal import Decimal
+from fractions import Fraction
+from typing import Any
+
+_HEADER = struct.Struct(">I")
+_LARGE_INT = 1 << 4096  # decimal conversion of much larger ones is slow, and forbidden by Python
+
+
+class ProtocolError(Exception):
+    """The other side sent something that is no message."""
+
+
+def send(fd: int, message: Any) -> None:
+    """Write one message; raises OSError when the other side is gone."""
+    data = json.dumps(message).encode()
+    view = memoryview(_HEADER.pack(len(data)) + data)
+    while view:
+        view = view[os.write(fd, view) :]
+
+
+def receive(fd: int, limit: int) -> Any:
+    """Read one message of at most ``limit`` bytes.
+
+    Raises:
+        EOFError: The other side closed the pipe.
+        ProtocolError: The message is too long or malformed.
+    """
+    (length,) = _HEADER.unpack(_read(fd, _HEADER.size))
+    if length > limit:
+        raise ProtocolError(f"a message of {length} bytes; the limit is {limit}")
+    try:
+        return json.loads(_read(fd, length))
+    except (ValueError, RecursionError) as error:
+        raise ProtocolError(f"a malformed message ({error})") from None
+
+
+def encode(value: Any, refer: Callable[[Any], int]) -> Any:
+    """Turn a value into JSON; subclasses become their plain base (Counter a dict, and so on).
+
+    Args:
+        value: Anything.
+        refer: Gives the number of an object that is not plain data.
+    """
+    if value is None or isinstance(value, bool):
+        return value
+    if isinstance(value, int):
+        plain = int(value)
+        return plain if abs(plain) < _LARGE_INT else {"int": hex(plain)}
+    if isinstance(value, float):
+        return float(value)
+    if isinstance(value, str):
+        return str.__str__(value)
+    if isinstance(value, list):
+        return [encode(item, refer) for item in value]
+    for kind in (tuple, set, frozenset, deque):
+        if isinstance(value, kind):
+            return {kind.__name__: [encode(item, refer) for item in value]}
+    if isinstance(value, dict):
+        return {"dict": [[encode(k, refer), encode(v, refer)] for k, v in value.items()]}
+    if isinstance(value, bytes | bytearray):
+        return {type(value).__name__: value.hex()}
+    if isinstance(value, complex):
+        return {"complex": [value.real, value.imag]}
+    if type(value) is range:
+        return {"range": [value.start, value.stop, value.step]}
+    if isinstance(value, Decimal):
+        return {"Decimal": str(value)}
+    if isinstance(value, Fraction):
+        return {"Fraction": [value.numerator, value.denominator]}
+    return {"reference": refer(value)}
+
+
+def decode(message: Any, resolve: Callable[[int], Any]) -> Any:
+    """Undo ``encode``.
+
+    Args:
+        message: What ``receive`` returned, or a part of it.
+        resolve: Turns the number of a reference into an object.
+
+    Raises:
+        ProtocolError: This is nothing that ``encode`` makes.
+    """
+    if isinstance(message, list):
+        return [decode(item, resolve) for item in message]
+    if not isinstance(message, dict):
+        return message
+    try:
+        ((kind, content),) = message.items()
+        if kind == "dict":
+            return {decode(k, resolve): decode(v, resolve) for k, v in content}
+        if kind == "reference":
+            return resolve(int(content))
+        if kind in _FROM_ITEMS:
+            return _FROM_ITEMS[kind](decode(item, resolve) for item in content)
+        return _FROM_CONTENT[kind](content)
+    except (KeyError, TypeError, ValueError, ArithmeticError, RecursionError) as error:
+        raise ProtocolError(f"a malformed value ({type(error).__name__}: {error})") from None
+
+
+_FROM_ITEMS: dict[str, Callable[..., Any]] = {
+    "tuple": tuple,
+    "set": set,
+    "frozenset": frozenset,
+    "deque": deque,
+}
+_FROM_CONTENT: dict[str, Callable[[Any], Any]] = {
+    "int": lambda content: int(content, 16),
+    "bytes": bytes.fromhex,
+    "bytearray": bytearray.fromhex,
+    "complex": lambda content: complex(*content),
+    "range": lambda content: range(*content),
+    "Decimal": Decimal,
+    "Fraction": lambda content: Fraction(*content),
+}
+
+
+def _read(fd: int, length: int) -> bytes:
+    chunks = []
+    while length:
+        chunk = os.read(fd, min(length, 1 << 20))
+        if not chunk:
+            raise EOFError
+        chunks.append(chunk)
+        length -= len(chunk)
+    return b"".join(chunks)
