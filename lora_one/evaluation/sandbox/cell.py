@@ -11,6 +11,7 @@ import json
 import os
 import signal
 import sys
+from contextlib import suppress
 from dataclasses import asdict
 from typing import Any, NoReturn
 
@@ -88,7 +89,11 @@ def _guard(
     for fd in (incoming, outgoing, write_output):
         os.close(fd)
     end = guard.watch(child, read_output, limits, proc)
-    if order["level"] == "rlimits":
+    # Before anything is closed: a program past a limit has no word in how it ended.
+    if os.getpid() == 1:
+        with suppress(ProcessLookupError):
+            os.kill(-1, signal.SIGKILL)
+    else:
         guard.kill_descendants()
     _say(status, {"end": asdict(end)})
     os._exit(0)
