@@ -8,11 +8,14 @@ from lora_one.errors import InputError, nearest
 from lora_one.tasks.alpaca import Alpaca
 from lora_one.tasks.arithmetic import Arithmetic
 from lora_one.tasks.base import Task
+from lora_one.tasks.code_feedback import CodeFeedback
 from lora_one.tasks.commonsense import Commonsense
 from lora_one.tasks.custom import Custom
 from lora_one.tasks.glue import GLUE
 from lora_one.tasks.gsm8k import GSM8K
 from lora_one.tasks.hendrycks_math import HendrycksMath
+from lora_one.tasks.human_eval import HumanEval
+from lora_one.tasks.mbpp import MBPP
 from lora_one.tasks.meta_math import MetaMath
 from lora_one.tasks.mmlu import MMLU
 from lora_one.tasks.super_glue import SUPER_GLUE
@@ -21,10 +24,13 @@ from lora_one.tasks.wizard_lm import WizardLM
 _CLASSES: tuple[type[Task], ...] = (
     Alpaca,
     Arithmetic,
+    CodeFeedback,
     Commonsense,
     Custom,
     GSM8K,
     HendrycksMath,
+    HumanEval,
+    MBPP,
     MMLU,
     MetaMath,
     WizardLM,

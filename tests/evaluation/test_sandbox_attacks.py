@@ -7,6 +7,7 @@ forged verdict could pass.
 import os
 import socket
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,8 +15,8 @@ import pytest
 from lora_one.evaluation.sandbox import LEVELS, Limits, SandboxError, isolation, judge_program
 
 LIMITS = Limits(
-    cpu_seconds=1,
-    wall_seconds=3,
+    cpu_seconds=5,
+    wall_seconds=10,
     memory_bytes=256 << 20,
     processes=12,
     file_bytes=4 << 20,
@@ -23,6 +24,7 @@ LIMITS = Limits(
     output_bytes=100_000,
     reply_bytes=1 << 20,
 )
+SHORT = replace(LIMITS, cpu_seconds=0.5, wall_seconds=1)  # where the time limit must end it
 TESTS = "assert f(2) == 4"
 WRONG = "\ndef f(x):\n    return 5\n"
 BOUND = 15.0  # seconds for one attack, the start of both sandboxes on a busy machine included
@@ -55,8 +57,7 @@ RESOURCES = {
         {"memory", "timeout"},
     ),
     "10 GB file": (
-        "with open('big', 'wb') as file:\n"
-        "    for _ in range(10_000): file.write(bytes(10**6))",
+        "with open('big', 'wb') as file:\n    for _ in range(10_000): file.write(bytes(10**6))",
         {"error"},
     ),
     "10 GB sparse file": ("open('big', 'wb').truncate(10**10)", {"error"}),
@@ -192,7 +193,7 @@ def judge(program, level, tests=TESTS, limits=LIMITS):
 @pytest.mark.parametrize("name", ATTACKS)
 def test_an_attack_is_contained_and_not_passed(name, level):
     program, reasons = ATTACKS[name]
-    outcome = judge(program, level)
+    outcome = judge(program, level, limits=SHORT if "timeout" in (reasons or ()) else LIMITS)
     assert not outcome.passed, outcome
     assert reasons is None or outcome.reason in reasons, outcome
 
@@ -229,7 +230,11 @@ def test_the_environment_is_empty(level, monkeypatch):
 def test_nothing_outside_is_written(level, tmp_path):
     kept = tmp_path / "kept.txt"
     kept.write_text("unchanged")
-    places = [tmp_path / "planted", Path(__file__).parent / "planted", Path("/var/tmp/planted")]
+    places = [
+        tmp_path / "planted",
+        Path(__file__).parent / "planted",
+        Path.home() / "planted-by-a-sandbox-test",
+    ]
     program = (
         "import os, shutil\ndef f(places, kept):\n    done = 0\n"
         "    for place in [*places, kept]:\n        try:\n"
@@ -286,20 +291,32 @@ def test_abstract_sockets_of_the_machine_are_out_of_reach(level):
         assert outcome.reason in {"error", "blocked"}, outcome
 
 
-def test_children_in_sessions_of_their_own_end_with_the_program(level):
+def test_children_in_sessions_of_their_own_end_with_the_program(isolated):
     marker = f"sandbox-test-{os.getpid()}"
     program = (
         "import os, sys, time\nfor _ in range(3):\n    if os.fork() == 0:\n        os.setsid()\n"
         "        if os.fork() == 0:\n            os.setsid()\n"
         f"            os.execv(sys.executable, ['python', '-S', '-c', {_SLEEP!r}, {marker!r}])\n"
-        "            os._exit(1)\n        time.sleep(600)\n" + WRONG
+        "            os._exit(1)\n        time.sleep(600)\ntime.sleep(0.2)\n" + WRONG
+    )
+    assert judge(program, isolated).reason == "failed"
+    assert _gone(lambda: _running(marker))
+
+
+def test_children_without_namespaces_end_with_the_program(level):
+    if level != "rlimits":
+        pytest.skip("inside a PID namespace the numbers mean nothing outside")
+    program = (
+        "import os, time\nfor _ in range(3):\n    if os.fork() == 0:\n        os.setsid()\n"
+        "        if os.fork() == 0:\n            os.setsid()\n"
+        "            os.write(1, b'%d ' % os.getpid())\n            time.sleep(600)\n"
+        "        os._exit(0)\ntime.sleep(0.2)\n" + WRONG
     )
     outcome = judge(program, level)
-    assert outcome.reason == "failed", outcome
-    deadline = time.monotonic() + 2
-    while _running(marker) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    assert not _running(marker)
+    assert outcome.reason == "failed"
+    pids = outcome.output.split()
+    assert len(pids) == 3
+    assert _gone(lambda: [pid for pid in pids if Path("/proc", pid).exists()])
 
 
 def test_every_process_of_the_machine_is_out_of_reach_of_signals(isolated):
@@ -344,6 +361,13 @@ def test_isolation_names_a_level_that_was_tried():
 
 
 _SLEEP = "import time; time.sleep(600)"
+
+
+def _gone(remaining):
+    deadline = time.monotonic() + 2
+    while remaining() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return not remaining()
 
 
 def _running(marker):

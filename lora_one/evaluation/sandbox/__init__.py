@@ -35,15 +35,30 @@ files is bounded per process, not in total.
 Standard library only; Linux for the first two levels.
 """
 
-from lora_one.evaluation.sandbox.guard import Limits
-from lora_one.evaluation.sandbox.judge import (
-    REASONS,
-    Isolation,
-    Outcome,
-    isolation,
-    judge_program,
-)
-from lora_one.evaluation.sandbox.launch import LEVELS, SandboxError
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from lora_one.evaluation.sandbox.judge import (
+        REASONS,
+        Isolation,
+        Outcome,
+        isolation,
+        judge_program,
+    )
+    from lora_one.evaluation.sandbox.launch import LEVELS, SandboxError
+    from lora_one.evaluation.sandbox.limits import Limits
+
+_HOME = {
+    "LEVELS": "launch",
+    "REASONS": "judge",
+    "Isolation": "judge",
+    "Limits": "limits",
+    "Outcome": "judge",
+    "SandboxError": "launch",
+    "isolation": "judge",
+    "judge_program": "judge",
+}
 
 __all__ = [
     "LEVELS",
@@ -55,3 +70,10 @@ __all__ = [
     "isolation",
     "judge_program",
 ]
+
+
+def __getattr__(name: str) -> object:
+    """Import the module that defines ``name`` on first use: a sandboxed process needs few."""
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)

@@ -12,7 +12,7 @@ import os
 import signal
 import sys
 from contextlib import suppress
-from dataclasses import asdict
+from types import SimpleNamespace
 from typing import Any, NoReturn
 
 from lora_one.evaluation.sandbox import candidate, examiner, guard, kernel, namespaces
@@ -66,7 +66,7 @@ def _guard(
     order: dict[str, Any], status: int, incoming: int, outgoing: int, user: int | None
 ) -> NoReturn:
     """Build the sandbox, start the role in a child, watch it, and report its end."""
-    limits = guard.Limits(**order["limits"])
+    limits = SimpleNamespace(**order["limits"])
     proc = None
     if order["level"] == "unshare":
         proc = namespaces.build_root(order["paths"], limits.work_bytes, user)
@@ -95,13 +95,13 @@ def _guard(
             os.kill(-1, signal.SIGKILL)
     else:
         guard.kill_descendants()
-    _say(status, {"end": asdict(end)})
+    _say(status, {"end": end._asdict()})
     os._exit(0)
 
 
 def _be(
     order: dict[str, Any],
-    limits: guard.Limits,
+    limits: SimpleNamespace,
     status: int,
     incoming: int,
     outgoing: int,

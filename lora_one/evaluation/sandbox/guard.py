@@ -11,11 +11,12 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lora_one.evaluation.sandbox import kernel
+
+if TYPE_CHECKING:
+    from lora_one.evaluation.sandbox.limits import Limits
 
 _INTERVAL = 0.02  # seconds between looks at the processes
 _TAIL = 2000  # bytes of output that are kept
@@ -23,33 +24,7 @@ _PAGE = os.sysconf("SC_PAGE_SIZE")
 _TICKS = os.sysconf("SC_CLK_TCK")
 
 
-@dataclass(frozen=True)
-class Limits:
-    """What a program may use, its children included.
-
-    Attributes:
-        cpu_seconds: Processor time of each process, and of all together.
-        wall_seconds: Time from the start of the program to the verdict.
-        memory_bytes: Address space of each process, and resident memory of all together.
-        processes: Processes and threads at a time.
-        file_bytes: Size of a file.
-        work_bytes: Size of all files together, where the working folder is a file system.
-        output_bytes: What may be printed.
-        reply_bytes: Size of a returned value on its way to the tests.
-    """
-
-    cpu_seconds: float = 8.0
-    wall_seconds: float = 10.0
-    memory_bytes: int = 1 << 30
-    processes: int = 32
-    file_bytes: int = 16 << 20
-    work_bytes: int = 64 << 20
-    output_bytes: int = 1 << 20
-    reply_bytes: int = 16 << 20
-
-
-@dataclass(frozen=True)
-class End:
+class End(NamedTuple):
     """How a program ended.
 
     Attributes:
@@ -64,7 +39,7 @@ class End:
     output: str
 
 
-def confine(limits: Limits, user: int | None, processes: int) -> None:
+def confine(limits: "Limits", user: int | None, processes: int) -> None:
     """Apply the limits to this process and give up every privilege; there is no way back."""
     for name, value in (
         ("RLIMIT_CPU", max(1, round(limits.cpu_seconds))),
@@ -84,7 +59,7 @@ def confine(limits: Limits, user: int | None, processes: int) -> None:
     kernel.drop_privileges()
 
 
-def watch(child: int, output: int, limits: Limits, proc: int | None) -> End:
+def watch(child: int, output: int, limits: "Limits", proc: int | None) -> End:
     """Wait for ``child`` and enforce the limits that the kernel enforces only per process.
 
     Args:
@@ -154,7 +129,7 @@ def _describe(status: int, text: str) -> End:
     return End("exit" if code >= 0 else "signal", abs(code), text)
 
 
-def _passed_limit(proc: int, limits: Limits) -> str | None:
+def _passed_limit(proc: int, limits: "Limits") -> str | None:
     memory, cpu = 0, 0.0
     for name in os.listdir(proc):
         if not name.isdigit() or name == "1":
@@ -172,10 +147,12 @@ def _passed_limit(proc: int, limits: Limits) -> str | None:
 
 
 def _parents() -> Iterator[tuple[int, int]]:
-    for folder in Path("/proc").glob("[0-9]*"):
-        fields = _stat_fields(f"{folder}/stat")
+    with os.scandir("/proc") as entries:
+        numbers = [int(entry.name) for entry in entries if entry.name.isdigit()]
+    for number in numbers:
+        fields = _stat_fields(f"/proc/{number}/stat")
         if fields is not None and fields[0] != "Z":
-            yield int(folder.name), int(fields[1])
+            yield number, int(fields[1])
 
 
 def _descends(pid: int, ancestor: int, parents: dict[int, int]) -> bool:

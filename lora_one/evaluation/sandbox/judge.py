@@ -12,8 +12,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from lora_one.evaluation.sandbox.guard import Limits
 from lora_one.evaluation.sandbox.launch import LEVELS, Cell, Level, SandboxError
+from lora_one.evaluation.sandbox.limits import Limits
 from lora_one.evaluation.sandbox.namespaces import NOBODY, WORK, readable_paths
 
 REASONS = (

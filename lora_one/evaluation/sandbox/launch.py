@@ -12,7 +12,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
-from lora_one.evaluation.sandbox.guard import Limits
+from lora_one.evaluation.sandbox.limits import Limits
 from lora_one.evaluation.sandbox.namespaces import DEVICES, NOBODY, WORK, readable_paths
 
 Level = Literal["unshare", "bubblewrap", "rlimits"]

@@ -10,11 +10,11 @@ import os
 import struct
 from collections import deque
 from collections.abc import Callable
-from decimal import Decimal
-from fractions import Fraction
+from importlib import import_module
 from typing import Any
 
 _HEADER = struct.Struct(">I")
+_NUMBERS = {("decimal", "Decimal"), ("fractions", "Fraction")}
 _LARGE_INT = 1 << 4096  # decimal conversion of much larger ones is slow, and forbidden by Python
 
 
@@ -75,10 +75,9 @@ def encode(value: Any, refer: Callable[[Any], int]) -> Any:
         return {"complex": [value.real, value.imag]}
     if type(value) is range:
         return {"range": [value.start, value.stop, value.step]}
-    if isinstance(value, Decimal):
-        return {"Decimal": str(value)}
-    if isinstance(value, Fraction):
-        return {"Fraction": [value.numerator, value.denominator]}
+    # By name: a program that holds one has imported its module, and others need not.
+    if (type(value).__module__, type(value).__name__) in _NUMBERS:
+        return {type(value).__name__: str(value)}
     return {"reference": refer(value)}
 
 
@@ -121,8 +120,8 @@ _FROM_CONTENT: dict[str, Callable[[Any], Any]] = {
     "bytearray": bytearray.fromhex,
     "complex": lambda content: complex(*content),
     "range": lambda content: range(*content),
-    "Decimal": Decimal,
-    "Fraction": lambda content: Fraction(*content),
+    "Decimal": lambda content: import_module("decimal").Decimal(content),
+    "Fraction": lambda content: import_module("fractions").Fraction(content),
 }
 
 
