@@ -152,6 +152,7 @@ def test_a_program_may_define_a_name_of_python_if_the_benchmark_asks_for_it():
 def test_printed_text_is_kept_and_has_no_part_in_the_verdict():
     outcome = run("print('hello')\ndef f():\n    print('passed')\n    return 1", "assert f() == 2")
     assert outcome.reason == "failed"
+    assert outcome.output == "hello\npassed\n"
     assert outcome.isolation in LEVELS
 
 

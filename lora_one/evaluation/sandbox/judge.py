@@ -28,6 +28,7 @@ REASONS = (
     "crashed",
 )
 _START_SECONDS = 60.0  # for both interpreters to start, on a machine that is busy
+_LAST_WORDS = 0.2  # seconds for a judged program to end by itself, which it does at once
 _GRACE = 2.0  # seconds between the end of one role and the word of the other
 
 
@@ -41,7 +42,7 @@ class Outcome:
             something. ``timeout``, ``memory``, ``output``: that limit was passed. ``exited``,
             ``crashed``: its process ended before the tests did.
         detail: The failed test, the error, the signal, in one line.
-        output: The last of what the program printed.
+        output: The last of what the program printed, where it ended by itself.
         seconds: Wall time of the program and its tests, without the start of the sandbox.
         isolation: The level under which it ran.
     """
@@ -224,8 +225,9 @@ class _Trial:
             raise SandboxError(f"the sandbox was not ready within {_START_SECONDS:.0f} s")
         start = time.monotonic()
         decided = self._listen(start + limits.wall_seconds, self._one_decided)
-        # Whoever speaks first, the other may have the reason.
+        # Whoever speaks first, the other may have the reason; and the end brings the output.
         self._listen(time.monotonic() + _GRACE, self._explained)
+        self._listen(time.monotonic() + _LAST_WORDS, self._candidate_ended)
         seconds = time.monotonic() - start
         verdict = self._said["examiner"].get("verdict")
         end = self._said["candidate"].get("end", {})
@@ -255,6 +257,9 @@ class _Trial:
         if verdict is not None and verdict["reason"] != "gone":
             return True
         return "end" in self._said["candidate"] and "end" in self._said["examiner"]
+
+    def _candidate_ended(self) -> bool:
+        return "end" in self._said["candidate"]
 
     def _listen(self, deadline: float, enough: Any) -> bool:
         while not enough():

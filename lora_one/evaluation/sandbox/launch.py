@@ -61,7 +61,7 @@ class Cell:
             "process_limit": _process_limit(level, limits, user),
         }
         launcher = _bubblewrap(paths, limits) if level == "bubblewrap" else []
-        python = [_interpreter(user is not None), "-s", "-S", "-B", "-c", _BOOT]
+        python = [_interpreter(user is not None), "-u", "-s", "-S", "-B", "-c", _BOOT]
         self.status, status = os.pipe()
         self._buffer = b""
         fds = (status, incoming, outgoing)
