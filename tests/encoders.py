@@ -19,6 +19,7 @@ SIZES = {
     "intermediate_size": 48,
     "hidden_dropout_prob": 0.0,
     "attention_probs_dropout_prob": 0.0,
+    "initializer_range": 0.2,  # so large that a few steps of training show
 }
 POSITIONS = 64
 ROBERTA_TOKENS = {

@@ -13,6 +13,7 @@ import lora_one
 from lora_one.harness.config import Config
 from lora_one.harness.data import Batch
 from lora_one.harness.models import AUTO_CLASSES, Base, base_dtype, load_base
+from lora_one.tasks.registry import TASKS
 
 # Above this size a second copy of the base model is not loaded only to check an export.
 LARGEST_CHECKED_BASE = 2_000_000_000
@@ -115,6 +116,10 @@ def write_card(config: Config, folder: Path, facts: dict[str, Any]) -> None:
     trained = f"trained with `{config.optimizer.name}` on `{config.dataset.name}`"
     if not config.trains:
         trained = "not trained (train=none)"
+    outputs = ""
+    if facts["architecture"] == "classification":
+        # One for each label; a score's head has a single one.
+        outputs = f", num_labels={len(TASKS[config.dataset.name].labels) or 1}"
     lines = [
         "---",
         "library_name: peft",
@@ -131,7 +136,7 @@ def write_card(config: Config, folder: Path, facts: dict[str, Any]) -> None:
         "from peft import PeftModel",
         f"from transformers import {loader}",
         "",
-        f'base = {loader}.from_pretrained("{name}")',
+        f'base = {loader}.from_pretrained("{name}"{outputs})',
         'model = PeftModel.from_pretrained(base, "adapter")',
         "```",
         "",

@@ -285,19 +285,25 @@ def adapter_config(config: Config, base: Base, total_steps: int | None = None) -
 def _trained_in_full(config: Config, base: Base, model: PreTrainedModel) -> list[str]:
     """Name the modules that train and are exported with all their weights.
 
-    A head is everything outside the encoder, such as DeBERTa's ``pooler`` besides the
-    ``classifier``: it starts at random, so an adapter without all of it would be one for a model
-    that nobody has.
+    A head is everything outside the encoder's layers: the ``classifier``, DeBERTa's ``pooler`` and
+    the one inside BERT. It starts at random, in all or in many checkpoints, so an adapter without
+    all of it would be one for a model that nobody has.
     """
-    names = _embedding_names(model) if config.peft.train_embeddings else []
+    names = set(_embedding_names(model)) if config.peft.train_embeddings else set()
     if base.architecture == "classification":
-        names += [
+        children = {**dict(model.named_children()), "pooler": _pooler(model)}
+        children.pop(model.base_model_prefix)
+        names |= {
             name
-            for name, module in model.named_children()
-            if name not in (model.base_model_prefix, *ADDED_BY_PEFT)
-            and any(True for _ in module.parameters())
-        ]
-    return names
+            for name, module in children.items()
+            if name not in ADDED_BY_PEFT and module is not None and list(module.parameters())
+        }
+    return sorted(names)
+
+
+def _pooler(model: PreTrainedModel) -> nn.Module | None:
+    outside = getattr(model, "pooler", None)
+    return outside if outside is not None else getattr(model.base_model, "pooler", None)
 
 
 def _targets(targets: str | list[str], model: PreTrainedModel) -> str | list[str]:
