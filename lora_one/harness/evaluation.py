@@ -27,6 +27,7 @@ from lora_one.evaluation.evaluate import (
     summarise,
 )
 from lora_one.evaluation.generation import eos_token_ids
+from lora_one.evaluation.head import HeadEngine
 from lora_one.evaluation.journal import Journal, recover
 from lora_one.evaluation.sampling import Sampling
 from lora_one.evaluation.vllm_engine import VllmEngine, require_vllm
@@ -124,7 +125,9 @@ def check_engine(config: Config, base: Base, data: "Data") -> None:
 
 
 def make_engine(config: Config, plan: "Plan", model: nn.Module, folder: Path) -> Engine:
-    """Make what ``evaluation.engine`` names."""
+    """Make what ``evaluation.engine`` names, or what reads a classification head."""
+    if plan.base.architecture == "classification":
+        return HeadEngine(model, plan.tokenizer, plan.data.task, config.evaluation.batch_size)
     if config.evaluation.engine == "transformers":
         return TransformersEngine(
             model, plan.tokenizer, plan.base.architecture, config.evaluation.batch_size

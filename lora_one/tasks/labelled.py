@@ -131,7 +131,10 @@ class LabelledText(Task):
         """Name the folder or the hub id."""
         if self._folder is not None:
             return Origin("local", str(self._folder), self._folder.is_dir())
-        return Origin("hub", self.hub_id, hub_cache_holds(self.hub_id))
+        needed = ["train", *self._evaluated()]
+        config = self.subtask.hub_config
+        here = [hub_cache_holds(self.hub_id, config, split, self._revision) for split in needed]
+        return Origin("hub", self.hub_id, all(here))
 
     def load(self, split: Split, *, count_tokens: CountTokens | None = None) -> list[Example]:
         """Read one split."""
