@@ -4,8 +4,10 @@ import json
 import math
 
 import pytest
+from fake_hub import Repository
+from huggingface_hub import constants
 
-from lora_one.errors import InputError
+from lora_one.errors import InputError, NotPreparedError
 from lora_one.tasks import create_task, labelled
 from lora_one.tasks.glue import GLUE
 from lora_one.tasks.labelled import score_target
@@ -533,3 +535,40 @@ def test_real_mrpc_rows_with_bom_and_quotes_are_whole(real_data):
         "his evidence."
     )
     assert not any(text.endswith("\r") for example in train for text in example.texts)
+
+
+def test_the_hubs_own_layout_is_read_offline(tmp_path, monkeypatch):
+    """Parquet shards of MNLI as nyu-mll/glue has them; one file missing, and it says so."""
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    def shard(*labels):
+        buffer = pyarrow.BufferOutputStream()
+        rows = [{"premise": f"p{n}", "hypothesis": "h", "label": n, "idx": 0} for n in labels]
+        parquet.write_table(pyarrow.Table.from_pylist(rows), buffer)
+        return buffer.getvalue().to_pybytes()
+
+    splits = {"train": (0, 1, 2), "validation_matched": (2, 1), "validation_mismatched": (0,)}
+    paths = [f"  - split: {split}\n    path: mnli/{split}-*" for split in splits]
+    readme = "---\nconfigs:\n- config_name: mnli\n  data_files:\n" + "\n".join(paths) + "\n---\n"
+    files = {f"mnli/{split}-00000-of-00001.parquet": shard(*n) for split, n in splits.items()}
+    repository = Repository("dataset", "nyu-mll/glue", {"README.md": readme.encode(), **files})
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    present = [name for name in repository.files if "mismatched" not in name]
+    repository.fill_cache(tmp_path / "hub", present)
+    task = create_task("mnli", revision=repository.commit)
+    assert not task.origin().available_offline
+    with pytest.raises(NotPreparedError):
+        task.load("test")
+    repository.fill_cache(tmp_path / "all")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "all"))
+    assert task.origin().available_offline
+    test = task.load("test")
+    assert [example.target for example in test] == ["contradiction", "neutral", "entailment"]
+    assert [e.row_id.split("/")[0].rpartition("_")[2] for e in test] == [
+        "matched",
+        "matched",
+        "mismatched",
+    ]
+    assert len(task.load("train")) == 2
