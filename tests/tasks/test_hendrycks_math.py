@@ -102,10 +102,11 @@ def test_answers_are_compared_as_mathematics(equivalence):
 
 def test_a_comparison_without_end_is_unequal_and_the_next_one_is_made(equivalence, monkeypatch):
     equivalence.equal([("1", "1")])  # the worker is up: only comparing is timed
-    monkeypatch.setattr("lora_one.tasks.math_equivalence.SECONDS_PER_PAIR", 0.5)
     power_tower = "10^{10^{10^{10}}}"
     worker = equivalence._all[0]._process.pid
-    assert equivalence.equal([("5", power_tower)]) == [False]
+    with monkeypatch.context() as patience:
+        patience.setattr("lora_one.tasks.math_equivalence.SECONDS_PER_PAIR", 0.5)
+        assert equivalence.equal([("5", power_tower)]) == [False]
     with pytest.raises(ProcessLookupError):
         os.kill(worker, 0)
     assert equivalence.equal([("2", "1+1"), ("2", "3")]) == [True, False]
