@@ -5,7 +5,10 @@ forged verdict could pass.
 """
 
 import os
+import signal
 import socket
+import subprocess
+import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -351,6 +354,40 @@ def test_kernel_interfaces_that_could_lead_out_are_refused(isolated):
     )
     outcome = judge(program, isolated, "assert set(f()) == {-1}")
     assert outcome.passed, outcome
+
+
+needs_filter = pytest.mark.skipif(
+    os.uname().machine not in ("x86_64", "aarch64"), reason="no system call filter for this machine"
+)
+
+
+@needs_filter
+def test_memory_that_nobody_is_charged_for_and_odd_sockets_are_refused(isolated):
+    program = (
+        "import ctypes\nlibc = ctypes.CDLL(None, use_errno=True)\ndef f():\n    return [\n"
+        "        libc.shmget(0, 4096, 0o1600), libc.msgget(0, 0o1600), libc.semget(0, 1, 0o1600),\n"
+        "        libc.memfd_create(b'x', 0), libc.socket(40, 1, 0), libc.socket(38, 5, 0)]\n"
+    )
+    outcome = judge(program, isolated, "assert set(f()) == {-1}")
+    assert outcome.passed, outcome
+
+
+@needs_filter
+def test_without_namespaces_native_code_signals_connects_and_executes_nothing():
+    script = (
+        "import ctypes, os, signal, sys\nsys.path.insert(0, sys.argv[1])\n"
+        "from lora_one.evaluation.sandbox import kernel, syscalls\nkernel.drop_privileges()\n"
+        "assert syscalls.refuse_calls(namespaces=False)\nlibc = ctypes.CDLL(None)\n"
+        "parent = os.getppid()\n"
+        "print([libc.kill(parent, 0), libc.kill(-1, 0), libc.kill(0, 0), libc.socket(1, 1, 0),\n"
+        "    libc.socket(2, 1, 0), libc.execv(b'/bin/true', 0), libc.ptrace(16, parent, 0, 0)])\n"
+        "print(libc.kill(os.getpid(), 0))\nsignal.raise_signal(signal.SIGTERM)"
+    )
+    repository = str(Path(__file__).resolve().parents[2])
+    command = [sys.executable, "-c", script, repository]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
+    assert done.stdout == f"{[-1] * 7}\n0\n", done.stderr
+    assert done.returncode == -signal.SIGTERM
 
 
 def test_the_descriptors_of_the_outside_are_not_inherited(level, tmp_path):

@@ -17,20 +17,23 @@ writing to descriptors, an ``__eq__`` that always agrees), the worst is a wrong 
 * ``unshare``: new user, mount, PID, network, IPC and UTS namespaces. The root holds the Python
   installation and the system's libraries, read-only, four devices, and an empty ``/tmp`` of limited
   size as the only place to write; no home, no /proc, no /sys, no network. No capabilities, no new
-  privileges, no further user namespaces. The end of the guard, process 1, ends everything.
+  privileges, no further user namespaces, and no system calls that only an attacker needs
+  (``syscalls``). The end of the guard, process 1, ends everything.
 * ``bubblewrap``: the same through ``bwrap``, where only that program may create namespaces; its
   ``/proc`` of the sandbox's own processes is visible. Not used by root, whom the process limit
   would not bind.
 * ``rlimits``: no namespace could be had. Limits hold, a fresh temporary folder is the working
-  folder, an audit hook refuses what Python code does outside it, and started by root the program
-  runs as nobody. This stops accidents, **not attackers**: native code may read what the user may
-  read, connect, and signal the user's processes.
+  folder, the system call filter refuses signals to others, sockets and the execution of programs,
+  an audit hook refuses what Python code does to files elsewhere, and started by root the program
+  runs as nobody. This stops accidents, **not attackers**: native code may read and write the files
+  that the user may.
 
 **What remains.** The kernel is shared: a hole in it is a hole here. A program can pass tests
 without solving the task if it knows the expected values, say by heart, or guesses ``True``.
 Arguments and results go by value, so a test that looks for changes in its own arguments does not
-see them, and programs have the standard library only. Memory in System V segments and anonymous
-files is bounded per process, not in total.
+see them, and programs have the standard library only. The system call filter knows x86-64 and
+AArch64; elsewhere memory in System V segments and anonymous files is bounded by time alone. Without
+a PID namespace memory and processor time are bounded per process, not in total.
 
 Standard library only; Linux for the first two levels.
 """

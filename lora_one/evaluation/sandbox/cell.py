@@ -116,7 +116,8 @@ def _be(
         os.chdir(order["work"])
         os.environ.clear()
         sys.argv, sys.path = [""], [entry for entry in sys.path if entry != order["package"]]
-        guard.confine(limits, user, order["process_limit"])
+        namespaces_used = order["level"] != "rlimits"
+        guard.confine(limits, user, order["process_limit"], namespaces=namespaces_used)
         if order["role"] == "candidate":
             os.close(status)
             if order["level"] == "rlimits":

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from lora_one.evaluation.sandbox import kernel
+from lora_one.evaluation.sandbox import kernel, syscalls
 
 if TYPE_CHECKING:
     from lora_one.evaluation.sandbox.limits import Limits
@@ -39,8 +39,15 @@ class End(NamedTuple):
     output: str
 
 
-def confine(limits: "Limits", user: int | None, processes: int) -> None:
-    """Apply the limits to this process and give up every privilege; there is no way back."""
+def confine(limits: "Limits", user: int | None, processes: int, *, namespaces: bool) -> None:
+    """Apply the limits to this process and give up every privilege; there is no way back.
+
+    Args:
+        limits: The limits.
+        user: The unprivileged user and group to become; None stays.
+        processes: The limit on processes, what the user runs outside included where it counts.
+        namespaces: The process is in namespaces of its own.
+    """
     for name, value in (
         ("RLIMIT_CPU", max(1, round(limits.cpu_seconds))),
         ("RLIMIT_AS", limits.memory_bytes),
@@ -57,6 +64,7 @@ def confine(limits: "Limits", user: int | None, processes: int) -> None:
         os.setresgid(user, user, user)
         os.setresuid(user, user, user)
     kernel.drop_privileges()
+    syscalls.refuse_calls(namespaces=namespaces)
 
 
 def watch(child: int, output: int, limits: "Limits", proc: int | None) -> End:

@@ -3,6 +3,7 @@
 import ctypes
 import os
 import sys
+from typing import Any
 
 NEW_NAMESPACES = (
     0x00020000  # CLONE_NEWNS: mounts
@@ -49,26 +50,26 @@ def pivot_root(new_root: str, put_old: str) -> None:
 def die_with_parent() -> None:
     """Have this process killed when the thread that started it ends."""
     if sys.platform == "linux":
-        _prctl(_PR_SET_PDEATHSIG, 9, what="set the parent-death signal")
+        set_process_option(_PR_SET_PDEATHSIG, 9, what="set the parent-death signal")
 
 
 def adopt_orphans() -> None:
     """Become the parent of descendants whose own parent ends."""
     if sys.platform == "linux":
-        _prctl(_PR_SET_CHILD_SUBREAPER, 1, what="adopt orphans")
+        set_process_option(_PR_SET_CHILD_SUBREAPER, 1, what="adopt orphans")
 
 
 def hide_memory() -> None:
     """Forbid processes of the same user to trace this one or to read its memory."""
     if sys.platform == "linux":
-        _prctl(_PR_SET_DUMPABLE, 0, what="hide the memory")
+        set_process_option(_PR_SET_DUMPABLE, 0, what="hide the memory")
 
 
 def drop_privileges() -> None:
     """Give up every capability for good, also for programs that are executed later."""
     if sys.platform != "linux":
         return
-    _prctl(_PR_SET_NO_NEW_PRIVS, 1, what="forbid new privileges")
+    set_process_option(_PR_SET_NO_NEW_PRIVS, 1, what="forbid new privileges")
     _LIBC.prctl(_PR_CAP_AMBIENT, _PR_CAP_AMBIENT_CLEAR_ALL, 0, 0, 0)
     for capability in range(64):
         # Fails without CAP_SETPCAP, where there is nothing to drop, and above the last capability.
@@ -77,8 +78,9 @@ def drop_privileges() -> None:
     _check(_LIBC.capset(header, (ctypes.c_uint32 * 6)()), "drop capabilities")
 
 
-def _prctl(option: int, value: int, *, what: str) -> None:
-    _check(_LIBC.prctl(option, value, 0, 0, 0), what)
+def set_process_option(option: int, *values: Any, what: str) -> None:
+    """Call prctl(2); ``what`` names it in an error."""
+    _check(_LIBC.prctl(option, *values, *[0] * (4 - len(values))), what)
 
 
 def _check(result: int, what: str) -> None:

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 class Limits:
     """What a program may use, its children included.
 
+    "All together" holds where a PID namespace shows all of them: not at the level ``rlimits``.
+
     Attributes:
         cpu_seconds: Processor time of each process, and of all together.
         wall_seconds: Time from the start of the program to the verdict.
