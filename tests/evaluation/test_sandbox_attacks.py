@@ -384,7 +384,7 @@ def test_without_namespaces_native_code_signals_connects_and_executes_nothing():
         "print(libc.kill(os.getpid(), 0))\nsignal.raise_signal(signal.SIGTERM)"
     )
     repository = str(Path(__file__).resolve().parents[2])
-    command = [sys.executable, "-c", script, repository]
+    command = [sys.executable, "-u", "-c", script, repository]
     done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
     assert done.stdout == f"{[-1] * 7}\n0\n", done.stderr
     assert done.returncode == -signal.SIGTERM
