@@ -69,6 +69,15 @@ def longest_input(model: nn.Module, tokenizer: Any) -> int:
     return min(positions, tokenizer.model_max_length)
 
 
+def refuse_sampling(decoding: Decoding) -> None:
+    """Raise InputError if replies are to be drawn: a head has one answer to a row."""
+    if decoding.sampling is not None or decoding.samples > 1:
+        raise InputError(
+            "a classification head draws no samples: give evaluation.samples=1 and "
+            "evaluation.temperature=0"
+        )
+
+
 class HeadEngine:
     """Answers the rows of a task by reading their texts.
 
@@ -99,11 +108,7 @@ class HeadEngine:
             InputError: The rows are no classification, or are to be sampled.
         """
         require_texts(examples)
-        if decoding.sampling is not None or decoding.samples > 1:
-            raise InputError(
-                "a classification head draws no samples: give evaluation.samples=1 and "
-                "evaluation.temperature=0"
-            )
+        refuse_sampling(decoding)
         replies = []
         for start in range(0, len(examples), self._batch_size):
             part = examples[start : start + self._batch_size]

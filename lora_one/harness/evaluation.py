@@ -27,7 +27,7 @@ from lora_one.evaluation.evaluate import (
     summarise,
 )
 from lora_one.evaluation.generation import eos_token_ids
-from lora_one.evaluation.head import HeadEngine
+from lora_one.evaluation.head import HeadEngine, refuse_sampling
 from lora_one.evaluation.journal import Journal, recover
 from lora_one.evaluation.sampling import Sampling
 from lora_one.evaluation.vllm_engine import VllmEngine, require_vllm
@@ -104,11 +104,13 @@ def decoding_of(config: Config, task: Task) -> Decoding:
 
 
 def check_engine(config: Config, base: Base, data: "Data") -> None:
-    """Refuse what vLLM cannot do, before anything is loaded.
+    """Refuse what vLLM or a classification head cannot do, before anything is loaded.
 
     Raises:
-        InputError: vLLM is not installed, or the run asks it for something that it cannot do.
+        InputError: vLLM is not installed, or the run asks it, or a head, for what it cannot do.
     """
+    if base.architecture == "classification":
+        refuse_sampling(decoding_of(config, data.task))
     if config.evaluation.engine != "vllm":
         return
     instead = "Give evaluation.engine=transformers."

@@ -216,6 +216,42 @@ def test_a_head_needs_labels(settings, run, roberta_folder, rows_folder):
         run(config)
 
 
+def test_a_head_draws_no_samples_and_says_so_before_training(settings, run, roberta_folder, pairs):
+    config = settings(
+        roberta_folder,
+        pairs / "rte",
+        "model=roberta_base",
+        f"model.name={roberta_folder}",
+        "dataset=rte",
+        "evaluation.temperature=0.8",
+    )
+    with pytest.raises(InputError, match="draws no samples"):
+        run(config)
+    assert not Path(config.output_dir).exists()
+
+
+def test_a_trained_head_is_evaluated_again_from_its_adapter(settings, run, roberta_folder, pairs):
+    given = [
+        "model=roberta_base",
+        f"model.name={roberta_folder}",
+        "dataset=rte",
+        "model.max_steps=4",
+        "model.learning_rate=1e-2",
+    ]
+    config = settings(roberta_folder, pairs / "rte", *given)
+    first = run(config)
+    adapter = _folder(config, first) / "adapter"
+    again = settings(roberta_folder, pairs / "rte", *given, f"evaluate.adapter={adapter}")
+    second = run(again)
+    for one, other in zip(
+        _predictions(_folder(config, first)), _predictions(_folder(again, second)), strict=True
+    ):
+        assert one["reply"] == other["reply"]
+        assert one["choice_log_probabilities"] == pytest.approx(
+            other["choice_log_probabilities"], abs=1e-4
+        )
+
+
 def test_a_head_of_another_size_is_refused(settings, run, roberta_folder, pairs, tmp_path):
     model = AutoModelForSequenceClassification.from_pretrained(roberta_folder, num_labels=5)
     model.save_pretrained(tmp_path / "five")
