@@ -4,6 +4,7 @@ Exit status: 0 done, 2 bad input (one message, nothing written), 1 the run faile
 why), 130 interrupted.
 """
 
+import shlex
 import signal
 import sys
 from collections.abc import Callable, Sequence
@@ -13,7 +14,7 @@ from typing import Any
 import hydra
 from hydra._internal.utils import get_args_parser
 
-from lora_one.errors import InputError, NonFiniteError
+from lora_one.errors import InputError, NonFiniteError, NotPreparedError
 from lora_one.harness import sweep
 from lora_one.harness.compose import Point, compose_config, composer, expand
 from lora_one.harness.config import Config
@@ -21,9 +22,16 @@ from lora_one.harness.published import translate
 from lora_one.harness.ranks import is_main, require_ranks
 
 Run = Callable[[Config], Any]
+RunTogether = Callable[[list[Config]], Any]
+Act = Callable[[list[Point], bool], int]
 
 SWEEP_FLAGS = {"-m", "--multirun"}
 HELP_FLAGS = {"--help", "-h", "--hydra-help", "--version", "--shell-completion", "-sc"}
+# Keys that decide what has to be on this machine.
+PREPARED = {"dataset", "dataset_name", "experiment", "train", "evaluate", "seed", "output_dir"} | {
+    f"model{suffix}"
+    for suffix in ("", ".name", ".type", ".revision", ".max_length", ".trust_remote_code")
+}
 HYDRA_FLAGS = HELP_FLAGS | {"--cfg", "-c", "--resolve", "--package", "-p", "--info", "-i"}
 
 
@@ -39,9 +47,36 @@ def launch(run: Run, conf: Path, program: str, arguments: list[str] | None = Non
         arguments: The command line without the program's name; None: ``sys.argv[1:]``.
     """
     arguments = sys.argv[1:] if arguments is None else arguments
+
+    def act(points: list[Point], multirun: bool) -> int:
+        if multirun:
+            return sweep.run_points(points, program)
+        run(points[0].config)
+        return 0
+
+    return _guarded(conf, arguments, act)
+
+
+def launch_together(run: RunTogether, conf: Path, arguments: list[str] | None = None) -> int:
+    """As ``launch``, for what is done for all points of a sweep at once, in this process."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+
+    def act(points: list[Point], _: bool) -> int:
+        run([point.config for point in points])
+        return 0
+
+    # Where things are being prepared, the advice to prepare them would help nobody.
+    return _guarded(conf, arguments, act, advise=False)
+
+
+def _guarded(conf: Path, arguments: list[str], act: Act, *, advise: bool = True) -> int:
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        return _dispatch(run, conf, program, arguments)
+        return _dispatch(conf, arguments, act)
+    except NotPreparedError as error:
+        advice = f" Where there is a network: {prepare_command(arguments)}" if advise else ""
+        _complain(f"error: {error}.{advice}")
+        return 2
     except InputError as error:
         _complain(f"error: {error}")
         return 2
@@ -53,7 +88,26 @@ def launch(run: Run, conf: Path, program: str, arguments: list[str] | None = Non
         return 130
 
 
-def _dispatch(run: Run, conf: Path, program: str, arguments: list[str]) -> int:
+def prepare_command(arguments: Sequence[str]) -> str:
+    """Return the command that brings here what a command line of ``run_exp.py`` needs."""
+    overrides = get_args_parser().parse_args(list(arguments)).overrides
+    heads = {_key(override).partition(".")[0] for override in overrides}
+    # Which rows a run needs may depend on its method only where it does not train.
+    wanted = PREPARED | ({"init", "peft"} if heads & {"train", "evaluate"} else set())
+    flags = [argument for argument in arguments if argument in SWEEP_FLAGS]
+    kept = [
+        override
+        for override in overrides
+        if _key(override) in wanted or _key(override).partition(".")[0] in wanted - {"model"}
+    ]
+    return shlex.join(["python", "scripts/prepare.py", *flags, *kept])
+
+
+def _key(override: str) -> str:
+    return override.partition("=")[0].lstrip("+~")
+
+
+def _dispatch(conf: Path, arguments: list[str], act: Act) -> int:
     options = get_args_parser().parse_args(arguments)
     flags = [argument for argument in arguments if argument not in options.overrides]
     questions = [flag for flag in flags if flag not in SWEEP_FLAGS]
@@ -76,10 +130,8 @@ def _dispatch(run: Run, conf: Path, program: str, arguments: list[str]) -> int:
         from lora_one.harness.dry_run import show_plan
 
         show_plan([point.config for point in points])
-    elif options.multirun:
-        return sweep.run_points(points, program)
     else:
-        run(points[0].config)
+        return act(points, options.multirun)
     return 0
 
 

@@ -1,9 +1,8 @@
 """The rows of a run: loaded, selected, encoded, and accounted for."""
 
 import hashlib
-import random
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,10 +12,12 @@ from transformers import PreTrainedTokenizerBase
 from lora_one.errors import InputError
 from lora_one.harness.config import GRADIENT_METHODS, Config, DatasetConfig
 from lora_one.harness.ranks import world_size
-from lora_one.harness.task_options import arguments, has_order
+from lora_one.harness.splits import Splits, count_contaminated, require_disjoint, splits
+from lora_one.harness.task_options import arguments
 from lora_one.tasks import Example, Task, create_task
-from lora_one.tasks.base import Split
-from lora_one.tasks.encoding import Collator, EncodedRows, encode, token_counter
+from lora_one.tasks.encoding import Collator, EncodedRows, TrainedArchitecture, encode
+from lora_one.tasks.packed import Packed
+from lora_one.tasks.token_cache import TokenisedSplit
 
 Batch = dict[str, torch.Tensor]
 
@@ -32,14 +33,16 @@ class Data:
         test: Rows to answer.
         probe: A few encoded rows to compare two models on.
         facts: Counts, drops, sources, template and the hash of the row ids, for the record.
+        splits: What they came from; keeps what was encoded, when it is told to.
     """
 
     task: Task
     train: EncodedRows | None
     validation: EncodedRows | None
     test: list[Example]
-    probe: list[dict[str, list[int]]]
+    probe: Sequence[Packed]
     facts: dict[str, Any]
+    splits: Splits
 
 
 def make_task(dataset: DatasetConfig) -> Task:
@@ -47,54 +50,53 @@ def make_task(dataset: DatasetConfig) -> Task:
     return create_task(dataset.name, **arguments(dataset.name, dataset.options, dataset.common))
 
 
-def load_data(config: Config, tokenizer: PreTrainedTokenizerBase, architecture: str) -> Data:
-    """Load the splits that the run needs and encode what carries loss.
+def load_data(
+    config: Config, tokenizer: PreTrainedTokenizerBase, architecture: TrainedArchitecture
+) -> Data:
+    """Load the splits that the run needs, encoded where they carry loss.
 
-    Without training, and without a start that takes a gradient, only the test rows are read.
+    Without training, and without a start that takes a gradient, only the test rows are read. What
+    an earlier run has encoded is taken from the cache; nothing is written.
 
     Raises:
-        InputError: a missing or malformed file, no row that fits ``model.max_length``, or a
-            benchmark that runs programs without the consent to do so.
+        InputError: a missing or malformed file, no row that fits ``model.max_length``, a
+            validation row that is a training row, or a benchmark that runs programs without the
+            consent to do so.
     """
-    dataset = config.dataset
-    task = make_task(dataset)
+    task = make_task(config.dataset)
     require_consent(config, task)
-    count = token_counter(tokenizer)
-
-    def read(split: Split, limit: int | None) -> list[Example]:
-        # A benchmark with an order of its own has already settled it.
-        shuffle = split != "test" and not has_order(dataset.name)
-        return _select(task.load(split, count_tokens=count), limit, dataset, shuffle)
-
-    def encoded(examples: list[Example], max_length: int) -> EncodedRows:
-        return encode(
-            examples,
-            tokenizer,
-            max_length=max_length,
-            architecture=architecture,
-            loss_on=dataset.loss_on,
-        )
-
     train, validation = None, None
-    if learns(config):
-        try:
-            train = encoded(read("train", dataset.train_rows), config.model.max_length)
-        except InputError as error:
-            if config.trains:
-                raise
-            raise InputError(
-                f"init.direction={config.init.direction} takes a gradient of training rows, also "
-                f"with train=none: {error}"
-            ) from error
-        validation = encoded(read("validation", dataset.validation_rows), config.model.max_length)
-    test = read("test", dataset.test_rows)
+    with splits(config, task, tokenizer, architecture) as source:
+        if learns(config):
+            train, validation = _load_train(config, source), source.load("validation")
+            require_disjoint(train, validation)
+        test = source.load_test()
     if validation is not None:
-        probe = validation.rows[:2]
+        probe = validation.encoded.rows[:2]
     else:
         shortest = sorted(test, key=lambda example: len(example.prompt))[:2]
-        probe = encoded(shortest, sys.maxsize).rows
-    facts = _facts(task, train, validation, test)
-    return Data(task, train, validation, test, probe, facts)
+        probe = encode(shortest, tokenizer, max_length=sys.maxsize, architecture=architecture).rows
+    return Data(
+        task,
+        None if train is None else train.encoded,
+        None if validation is None else validation.encoded,
+        test,
+        probe,
+        _facts(task, train, validation, test),
+        source,
+    )
+
+
+def _load_train(config: Config, source: Splits) -> TokenisedSplit:
+    try:
+        return source.load("train")
+    except InputError as error:
+        if config.trains:
+            raise
+        raise type(error)(
+            f"init.direction={config.init.direction} takes a gradient of training rows, also "
+            f"with train=none: {error}"
+        ) from error
 
 
 def learns(config: Config) -> bool:
@@ -121,16 +123,20 @@ def require_consent(config: Config, task: Task) -> None:
 
 
 def _facts(
-    task: Task, train: EncodedRows | None, validation: EncodedRows | None, test: list[Example]
+    task: Task,
+    train: TokenisedSplit | None,
+    validation: TokenisedSplit | None,
+    test: list[Example],
 ) -> dict[str, Any]:
-    encoded = {"train": train, "validation": validation}
-    kept = {split: rows for split, rows in encoded.items() if rows is not None}
+    loaded = {"train": train, "validation": validation}
+    encoded = {name: split.encoded for name, split in loaded.items() if split is not None}
+    rows = {name: len(encoded[name]) if name in encoded else 0 for name in loaded}
     return {
-        "rows": {split: 0 if rows is None else len(rows) for split, rows in encoded.items()}
-        | {"test": len(test)},
-        "dropped_too_long": {split: rows.dropped for split, rows in kept.items()},
-        "train_tokens": 0 if train is None else train.tokens,
-        "train_row_ids_sha256": None if train is None else _hash(train.row_ids),
+        "rows": rows | {"test": len(test)},
+        "dropped_too_long": {name: split.dropped for name, split in encoded.items()},
+        "test_prompts_in_train": 0 if train is None else count_contaminated(train, test),
+        "train_tokens": 0 if train is None else train.encoded.tokens,
+        "train_row_ids_sha256": None if train is None else _hash(train.encoded.row_ids),
         "test_row_ids_sha256": _hash([example.row_id for example in test]),
         "sources": task.sources,
         "counts": task.counts,
@@ -138,17 +144,31 @@ def _facts(
     }
 
 
-def _select(
-    examples: list[Example], limit: int | None, dataset: DatasetConfig, shuffle: bool
-) -> list[Example]:
-    if shuffle:
-        examples = list(examples)
-        random.Random(dataset.seed).shuffle(examples)
-    return examples[:limit]
-
-
 def _hash(row_ids: Sequence[str]) -> str:
     return hashlib.sha256("\n".join(row_ids).encode()).hexdigest()
+
+
+def remarks(facts: Mapping[str, Any], max_length: int) -> list[str]:
+    """Say in words which rows were left out, and which test rows are not unseen."""
+    said = []
+    for split, counts in facts["counts"].items():
+        reasons = [f"{n:,} {why}" for why, n in counts.items() if why not in ("read", "kept") and n]
+        if reasons:
+            kept, read = counts.get("kept", 0), counts.get("read", 0)
+            said.append(f"{split}: {kept:,} of {read:,} rows taken; left out: {', '.join(reasons)}")
+    for split, dropped in facts["dropped_too_long"].items():
+        if dropped:
+            total = dropped + facts["rows"][split]
+            said.append(
+                f"{split}: {dropped:,} of {total:,} rows left out, longer than "
+                f"model.max_length={max_length} tokens"
+            )
+    if facts["test_prompts_in_train"]:
+        said.append(
+            f"{facts['test_prompts_in_train']:,} of {facts['rows']['test']:,} test prompts are "
+            "training prompts, word for word"
+        )
+    return said
 
 
 def batches_of(rows: Sequence[dict[str, Any]], size: int, collator: Collator) -> list[Batch]:
@@ -176,10 +196,10 @@ def init_batches(config: Config, data: Data, collator: Collator) -> list[Batch]:
             f"init.iters={world_size()} or more (and a smaller init.bsz for the same rows)."
         )
     needed = init.bsz * init.iters
-    short = [row for row in data.train.rows if len(row["input_ids"]) <= init.max_length]
+    short = [i for i, length in enumerate(data.train.lengths) if length <= init.max_length]
     if len(short) < needed:
         raise InputError(
             f"init.bsz={init.bsz} x init.iters={init.iters} asks for {needed} rows of at most "
             f"init.max_length={init.max_length} tokens, and there are {len(short)}."
         )
-    return batches_of(short[:needed], init.bsz, collator)
+    return batches_of([data.train[i] for i in short[:needed]], init.bsz, collator)

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from peft import AdaLoraConfig, LoraConfig, PeftConfig, PeftModel, TaskType, get_peft_model
 from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -23,8 +23,9 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from lora_one.errors import InputError, nearest
+from lora_one.errors import InputError, NotPreparedError, nearest
 from lora_one.harness.config import Config, ModelConfig
+from lora_one.harness.model_files import fetch_model, model_is_here, require_weights
 from lora_one.tasks.base import Task
 from lora_one.tasks.encoding import TrainedArchitecture
 
@@ -76,16 +77,19 @@ def find_base(
             is not on this machine (enough for a plan, not for a run).
 
     Raises:
-        InputError: if the model cannot be found, its folder holds no safetensors weights, or a
+        NotPreparedError: if the model is not here and the hub cannot be asked for it.
+        InputError: if there is no such model, its folder holds no safetensors weights, or a
             classification head is asked for and the benchmark is no classification.
     """
-    folder = _local_folder(model.name)
+    folder = local_folder(model.name)
     location = str(folder or model.name)
     if folder is not None:
-        _require_weights(folder)
+        require_weights(folder)
     elif not HUB_ID.fullmatch(model.name):
         raise InputError(f"model.name={model.name}: there is no such folder.")
-    available = folder is not None or _weights_in_cache(model)
+    available = folder is not None or model_is_here(model)
+    if not available and not planning and _is_offline():
+        fetch_model(model)  # says what is missing
     if planning and not available and (model.architecture or {}).get("name") == model.name:
         facts = {key: value for key, value in model.architecture.items() if key != "name"}
         config = AutoConfig.for_model(**facts)
@@ -95,7 +99,7 @@ def find_base(
                 location, revision=model.revision, trust_remote_code=model.trust_remote_code
             )
         except (OSError, ValueError) as error:
-            raise InputError(_explain_missing_model(model.name, error)) from error
+            raise _explain_missing_model(model.name, error) from error
     architecture = {
         "auto": "seq2seq" if config.is_encoder_decoder else "causal",
         "CausalLM": "causal",
@@ -123,45 +127,21 @@ def _size_head(config: PretrainedConfig, task: type[Task] | None) -> None:
     config.problem_type = "single_label_classification" if task.labels else "regression"
 
 
-def _local_folder(name: str) -> Path | None:
-    """A folder as given, or relative to the repository (the embedded model)."""
+def local_folder(name: str) -> Path | None:
+    """Return a folder as given, or relative to the repository (the embedded model)."""
     candidates = (Path(name), ROOT / name)
     return next((path for path in candidates if path.is_dir()), None)
 
 
-def _require_weights(folder: Path) -> None:
-    if not (folder / "config.json").exists():
-        raise InputError(f"model.name={folder}: the folder has no config.json.")
-    if not any(folder.glob("*.safetensors")):
-        others = sorted(p.name for p in folder.iterdir() if p.suffix in (".bin", ".pt", ".pth"))
-        hint = (
-            f" It has {', '.join(others)}, which this project does not unpickle: convert them to"
-            " safetensors."
-            if others
-            else " Expected model.safetensors or model-*.safetensors."
-        )
-        raise InputError(f"model.name={folder}: the folder has no safetensors weights.{hint}")
-    for file in folder.glob("*.safetensors"):
-        try:
-            with safe_open(file, "pt"):
-                pass
-        except SafetensorError as error:
-            raise InputError(f"model.name={folder}: {file.name} is damaged: {error}") from error
+def _is_offline() -> bool:
+    from huggingface_hub.constants import is_offline_mode
+
+    return is_offline_mode()
 
 
-def _weights_in_cache(model: ModelConfig) -> bool:
-    from huggingface_hub import try_to_load_from_cache
-
-    names = ("model.safetensors", "model.safetensors.index.json")
-    return any(
-        isinstance(try_to_load_from_cache(model.name, name, revision=model.revision), str)
-        for name in names
-    )
-
-
-def _explain_missing_model(name: str, error: Exception) -> str:
+def _explain_missing_model(name: str, error: Exception) -> NotPreparedError:
     reason = str(error).strip().splitlines()[0]
-    return (
+    return NotPreparedError(
         f"model.name={name}: not a local folder, and the hub did not give it ({reason}). "
         "Download it where there is a network, or give a local folder with model.name=<path>."
     )

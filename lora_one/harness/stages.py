@@ -17,7 +17,7 @@ from lora_one.harness import evaluation, initialization, training
 from lora_one.harness import export as exporting
 from lora_one.harness.config import Config
 from lora_one.harness.console import say
-from lora_one.harness.data import Batch, batches_of
+from lora_one.harness.data import Batch, batches_of, remarks
 from lora_one.harness.diagnosis import NOTHING_FOUND, locate
 from lora_one.harness.init_table import show_layers
 from lora_one.harness.models import base_dtype, has_bf16, load_base, weights_fingerprint
@@ -44,6 +44,10 @@ __all__ = [
 
 def load(config: Config, plan: Plan, record: RunRecord) -> PreTrainedModel:
     """Load the base model and write down what it is, what it learns from, and on what machine."""
+    for remark in remarks(plan.data.facts, config.model.max_length):
+        say(f"note: {remark}")
+    if is_main():
+        _keep_tokens(plan)
     record.update(
         architecture=plan.base.architecture,
         model={"name": config.model.name, "fingerprint": weights_fingerprint(plan.base)},
@@ -60,6 +64,14 @@ def load(config: Config, plan: Plan, record: RunRecord) -> PreTrainedModel:
     if config.model.bf16 and not has_bf16():
         say("note: this GPU has no bfloat16 arithmetic; computing in float32")
     return load_base(plan.base, config.model, _device(), dtype)
+
+
+def _keep_tokens(plan: Plan) -> None:
+    """Keep the tokenised rows for later runs; a run can do without."""
+    try:
+        plan.data.splits.save()
+    except OSError as error:
+        say(f"warning: the tokenised rows could not be kept for later runs: {error}")
 
 
 def initialise(

@@ -16,6 +16,7 @@ from torch import Tensor
 from lora_one.errors import InputError
 from lora_one.tasks.base import CountTokens, Example
 from lora_one.tasks.classification import encode_texts, head_label, require_texts
+from lora_one.tasks.packed import Packed, PackedRows
 
 Architecture = Literal["causal", "seq2seq"]
 # What can be trained: a language model, or an encoder with a classification head.
@@ -28,15 +29,16 @@ class EncodedRows:
     """Token ids of the rows that fit; a map-style dataset for a ``DataLoader`` or the Trainer.
 
     Attributes:
-        rows: Dicts of ``input_ids`` and ``labels``, lists of int. Causal: of equal length, labels
-            aligned with the ids (the model shifts). Seq2seq: source ids and target ids.
+        rows: Dicts of ``input_ids`` and ``labels``, lists of int; a list, or ``PackedRows`` from
+            the cache. Causal: of equal length, labels aligned with the ids (the model shifts).
+            Seq2seq: source ids and target ids.
             Classification: the ids of the texts (and ``token_type_ids``), and one class or score.
         row_ids: The row id of each kept row, in the same order.
         dropped_row_ids: The row ids left out because they exceed ``max_length``.
         max_length: The limit that was applied.
     """
 
-    rows: list[dict[str, list[int]]]
+    rows: Sequence[Packed]
     row_ids: list[str]
     dropped_row_ids: list[str]
     max_length: int
@@ -44,7 +46,7 @@ class EncodedRows:
     def __len__(self) -> int:
         return len(self.rows)
 
-    def __getitem__(self, index: int) -> dict[str, list[int]]:
+    def __getitem__(self, index: int) -> Packed:
         return self.rows[index]
 
     @property
@@ -53,9 +55,16 @@ class EncodedRows:
         return len(self.dropped_row_ids)
 
     @property
+    def lengths(self) -> list[int]:
+        """Number of input tokens of each kept row."""
+        if isinstance(self.rows, PackedRows):
+            return self.rows.lengths("input_ids")
+        return [len(row["input_ids"]) for row in self.rows]
+
+    @property
     def tokens(self) -> int:
         """Number of input tokens in all kept rows."""
-        return sum(len(row["input_ids"]) for row in self.rows)
+        return sum(self.lengths)
 
     @property
     def supervised_tokens(self) -> int:
