@@ -115,7 +115,7 @@ class CodeBenchmark(Task):
             return list(pool.map(self._judge_one, replies, examples))
 
     def summarise(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-        """Add pass@k and the number of verdicts by reason.
+        """Add pass@k and the number of verdicts by reason and by the sandbox's isolation.
 
         ``pass@k`` is the unbiased estimate, averaged over problems, for every k in ``KS`` that all
         problems have replies for. Rows of one problem share their ``row_id``.
@@ -127,8 +127,10 @@ class CodeBenchmark(Task):
         counts = [(len(passed), sum(passed)) for passed in verdicts.values()]
         fewest = min(samples for samples, _ in counts)
         metrics |= {f"pass@{k}": mean_pass_at_k(counts, k) for k in KS if k <= fewest}
-        reasons = Counter(row["scores"]["tests"]["reason"] for row in rows)
-        return metrics | {f"verdicts_{reason}": count for reason, count in sorted(reasons.items())}
+        scores = [row["scores"]["tests"] for row in rows]
+        reasons = Counter(f"verdicts_{score['reason']}".replace(" ", "_") for score in scores)
+        levels = Counter(f"isolation_{s['isolation']}" for s in scores if s["isolation"])
+        return metrics | dict(sorted(reasons.items())) | dict(sorted(levels.items()))
 
     def _judge_one(self, reply: str, example: Example) -> dict[str, Verdict]:
         # Not above: a task is made long before, and often without, judging anything.

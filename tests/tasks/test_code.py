@@ -187,7 +187,13 @@ def test_pass_at_k_groups_the_samples_of_a_problem_and_reasons_are_counted(human
 
     def verdict(correct):
         reason = "passed" if correct else "timeout"
-        return {"parsed": "x", "correct": correct, "reason": reason, "detail": "", "isolation": ""}
+        return {
+            "parsed": "x",
+            "correct": correct,
+            "reason": reason,
+            "detail": "",
+            "isolation": "unshare",
+        }
 
     metrics = task.summarise(rows(3, 0))
     assert metrics["n"] == 20
@@ -196,6 +202,7 @@ def test_pass_at_k_groups_the_samples_of_a_problem_and_reasons_are_counted(human
     assert "pass@100" not in metrics
     assert metrics["verdicts_passed"] == 3
     assert metrics["verdicts_timeout"] == 17
+    assert metrics["isolation_unshare"] == 20
     assert task.primary_metric == "pass@1"
     assert task.executes_code
 
@@ -328,7 +335,8 @@ def test_code_feedback_is_tested_on_human_eval_or_mbpp_by_instruction(feedback, 
     assert task.score(WHOLE + "\n", example)["tests"]["correct"]
     assert task.origin().available_offline
     rows = [{"row_id": example.row_id, "scores": task.score("", example)}]
-    assert task.summarise(rows)["pass@1"] == 0
+    metrics = task.summarise(rows)
+    assert (metrics["pass@1"], metrics["verdicts_no_code"], metrics["unparsed"]) == (0, 1, 1)
     task = create_task("code_feedback", path=feedback, test_path=mbpp, test_benchmark="mbpp")
     example = task.load("test")[0]
     assert example.prompt == (
