@@ -8,6 +8,7 @@ Exit status 1 if it is otherwise.
 """
 
 import argparse
+import ast
 import os
 import sys
 import textwrap
@@ -34,8 +35,10 @@ def body_pass(example: Example) -> str:
 
 def wrong_result(example: Example) -> str:
     """Return a body that computes the right result and returns another."""
+    function = ast.parse(example.prompt).body[-1]  # a prompt ends in the function to complete
+    names = ", ".join(node.arg for node in ast.walk(function) if isinstance(node, ast.arg))
     right = textwrap.indent(example.target.rstrip(), "    ")
-    return f"    def right():\n{right}\n    return ['wrong', right()]\n"
+    return f"    def right({names}):\n{right}\n    return ['wrong', right({names})]\n"
 
 
 CONTESTANTS: dict[str, tuple[Callable[[Example], str], bool]] = {
