@@ -90,6 +90,9 @@ def _varied(groups: list[list[Run]]) -> list[str]:
                 kin = (record["method"],)
             elif key in FOLLOWS_OPTIMISER:
                 kin = (settings["optimizer.name"],)
+            elif key.startswith("dataset.") and key != "dataset.name":
+                # Each benchmark has options of its own.
+                kin = (settings.get("dataset.name"),)
             same_method.setdefault(kin, set()).add(json.dumps(settings.get(key)))
         if any(len(values) > 1 for values in same_method.values()):
             varied.add(key)

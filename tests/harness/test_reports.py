@@ -64,6 +64,18 @@ def test_a_setting_that_varies_within_a_method_gets_a_column(tmp_path):
     assert len(results.rows) == 3
 
 
+def test_options_that_only_one_benchmark_has_get_no_column(tmp_path):
+    for name, options in (("gsm8k", {"split_seed": 0}), ("mbpp", {"timeout_seconds": 10.0})):
+        write_run(tmp_path, name, method="lora", seed=0, accuracy=0.1)
+        file = tmp_path / name / "config.yaml"
+        settings = OmegaConf.load(file)
+        settings.dataset = {"name": name, **options}
+        OmegaConf.save(settings, file)
+    columns = summarise(find_runs(tmp_path)).columns
+    assert "dataset.name" in columns
+    assert not {"dataset.split_seed", "dataset.timeout_seconds"} & set(columns)
+
+
 def test_unfinished_and_torn_runs_are_listed_and_never_averaged(tmp_path):
     write_run(tmp_path, "good", method="lora", seed=0, accuracy=0.5)
     error = {"type": "NonFiniteError", "message": "step 3: the loss is nan"}
