@@ -27,6 +27,7 @@ from lora_one.tasks.rows import (
     Row,
     Rows,
     find_split_file,
+    has_split_file,
     hold_out,
     hub_cache_holds,
     read_file,
@@ -117,7 +118,7 @@ class HendrycksMath(Task):
     def load(self, split: Split, *, count_tokens: CountTokens | None = None) -> list[Example]:
         """Read one split; every row is used in exactly one of them."""
         check_split(split)
-        own = split == "test" or (self._folder is not None and self._has("validation"))
+        own = split == "test" or self._has("validation")
         source_split = split if own else "train"
         read = self._read(source_split)
         indices = list(range(len(read.rows)))
@@ -183,8 +184,8 @@ class HendrycksMath(Task):
         )
 
     def _has(self, split: str) -> bool:
-        names = (split, f"{split}.jsonl", f"{split}.json")
-        return self._folder is not None and any((self._folder / n).exists() for n in names)
+        folder = self._folder
+        return folder is not None and (has_split_file(folder, split) or (folder / split).is_dir())
 
     def _read(self, split: str) -> Rows:
         if self._folder is None:
@@ -193,9 +194,9 @@ class HendrycksMath(Task):
             revision = self._revision or REVISION
             parts = [read_hub(HUB_ID, subject, split, revision) for subject in SUBJECTS]
             return _joined(parts, {**parts[0].source, "config": ", ".join(SUBJECTS)})
-        if not (self._folder / split).is_dir():
-            return read_file(find_split_file(self._folder, split))
         folder = self._folder / split
+        if has_split_file(self._folder, split) or not folder.is_dir():
+            return read_file(find_split_file(self._folder, split))
         files = sorted(folder.rglob("*.json*"), key=_numerically)
         if not files:
             raise InputError(f"{folder}: no .json or .jsonl file is in it")
