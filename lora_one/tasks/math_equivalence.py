@@ -28,6 +28,15 @@ _SECONDS_TO_START = 120.0
 _MEMORY_BYTES = 4 * 1024**3
 
 
+def require_math_verify() -> None:
+    """Raise InputError where math-verify is not installed; imports nothing."""
+    if find_spec("math_verify") is None:
+        raise InputError(
+            "comparing mathematical answers needs the 'math-verify' package: "
+            "pip install 'lora-one[evaluation]'"
+        )
+
+
 class _Worker:
     """One process that compares; started on first use, started anew after a kill."""
 
@@ -93,11 +102,7 @@ class Equivalence:
     """
 
     def __init__(self, workers: int | None = None) -> None:
-        if find_spec("math_verify") is None:
-            raise InputError(
-                "comparing mathematical answers needs the 'math-verify' package: "
-                "pip install 'lora-one[evaluation]'"
-            )
+        require_math_verify()
         count = workers or min(4, os.cpu_count() or 1)
         self._workers: Queue[_Worker] = Queue()
         self._all = [_Worker() for _ in range(count)]

@@ -202,6 +202,14 @@ def test_what_is_missing_is_named(tmp_path):
         create_task("math").score(r"\boxed{1}", unscored)
 
 
+def test_a_missing_math_verify_is_said_before_anything_is_generated(folder, monkeypatch):
+    monkeypatch.setattr("lora_one.tasks.math_equivalence.find_spec", lambda name: None)
+    task = create_task("math", path=folder, held_out_rows=2)
+    assert task.load("train")
+    with pytest.raises(InputError, match=r"pip install 'lora-one\[evaluation\]'"):
+        task.load("test")
+
+
 def test_the_hub_is_asked_for_every_subject_at_the_pinned_commit(monkeypatch):
     asked = []
 
