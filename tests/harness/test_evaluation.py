@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from hashlib import sha256
@@ -352,6 +353,46 @@ def test_what_vllm_cannot_do_is_said_before_anything_is_loaded(
     with pytest.raises(InputError, match=message):
         run(config)
     assert not Path(config.output_dir).exists()
+
+
+@pytest.mark.slow
+def test_a_process_that_was_killed_outright_loses_no_row_it_had_made(llama_folder, tmp_path):
+    def start(place: str) -> subprocess.Popen:
+        overrides = [
+            "train=none",
+            "init=lora",
+            f"model.name={llama_folder}",
+            f"output_dir={tmp_path / place}",
+            "dataset.test_rows=80",
+            "dataset.max_new_tokens=32",
+            "peft.lora_r=4",
+            "evaluation.batch_size=1",
+        ]
+        return subprocess.Popen(
+            [sys.executable, str(ROOT / "run_exp.py"), *overrides],
+            env=os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+
+    def finish(process: subprocess.Popen) -> str:
+        said, _ = process.communicate()
+        assert process.returncode == 0
+        return said
+
+    killed = start("killed")
+    while killed.poll() is None:
+        parts = list((tmp_path / "killed").glob("*/predictions.jsonl.part-0"))
+        if parts and len(parts[0].read_text().splitlines()) > 5:
+            killed.kill()
+    killed.communicate()
+    assert killed.returncode == -signal.SIGKILL
+    made = len(parts[0].read_text().splitlines()) - 1
+    assert 5 <= made < 80
+    assert f"eval: {made} of 80 replies are there already" in finish(start("killed"))
+    finish(start("whole"))
+    (first,), (second,) = ((tmp_path / p).glob("arithmetic-*") for p in ("killed", "whole"))
+    assert predictions(first) == predictions(second)
 
 
 @pytest.mark.slow
