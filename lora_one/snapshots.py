@@ -132,6 +132,8 @@ def fetch(repository: str, kind: Kind, revision: str | None, names: Iterable[str
     names = list(names)
     if is_offline_mode():
         return _require_here(repository, kind, revision, names)
+    if _COMMIT.fullmatch(revision or "") and (known := _whole(repository, kind, revision, names)):
+        return known
     try:
         folder = snapshot_download(
             repository,
@@ -157,6 +159,14 @@ def fetch(repository: str, kind: Kind, revision: str | None, names: Iterable[str
     except Exception as error:
         raise explain(repository, kind, revision, error) from error
     return snapshot
+
+
+def _whole(repository: str, kind: Kind, commit: str | None, names: list[str]) -> Snapshot | None:
+    """A commit never changes: what is here whole needs no question to the hub."""
+    snapshot = cached_snapshot(repository, kind, commit)
+    if snapshot is None or snapshot.sizes is None:
+        return None
+    return None if snapshot.missing(set(names) & set(snapshot.names)) else snapshot
 
 
 def _require_here(repository: str, kind: Kind, revision: str | None, names: list[str]) -> Snapshot:

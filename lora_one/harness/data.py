@@ -11,15 +11,20 @@ from transformers import PreTrainedTokenizerBase
 
 from lora_one.errors import InputError
 from lora_one.harness.config import GRADIENT_METHODS, Config, DatasetConfig
+from lora_one.harness.context import context_of, count_filling, require_context
+from lora_one.harness.models import Base
 from lora_one.harness.ranks import world_size
 from lora_one.harness.splits import Splits, count_contaminated, require_disjoint, splits
 from lora_one.harness.task_options import arguments
 from lora_one.tasks import Example, Task, create_task
-from lora_one.tasks.encoding import Collator, EncodedRows, TrainedArchitecture, encode
+from lora_one.tasks.encoding import Collator, EncodedRows, encode
 from lora_one.tasks.packed import Packed
 from lora_one.tasks.token_cache import TokenisedSplit
 
 Batch = dict[str, torch.Tensor]
+
+# Counts of a task that are no rows left out.
+_NOT_LOST = {"read", "kept", "in the other of train and validation"}
 
 
 @dataclass(frozen=True)
@@ -50,19 +55,18 @@ def make_task(dataset: DatasetConfig) -> Task:
     return create_task(dataset.name, **arguments(dataset.name, dataset.options, dataset.common))
 
 
-def load_data(
-    config: Config, tokenizer: PreTrainedTokenizerBase, architecture: TrainedArchitecture
-) -> Data:
+def load_data(config: Config, tokenizer: PreTrainedTokenizerBase, base: Base) -> Data:
     """Load the splits that the run needs, encoded where they carry loss.
 
     Without training, and without a start that takes a gradient, only the test rows are read. What
     an earlier run has encoded is taken from the cache; nothing is written.
 
     Raises:
-        InputError: a missing or malformed file, no row that fits ``model.max_length``, a
-            validation row that is a training row, or a benchmark that runs programs without the
-            consent to do so.
+        InputError: a missing or malformed file, no row that fits ``model.max_length``, one that
+            the model cannot read, a validation row that is a training row, or a benchmark that runs
+            programs without the consent to do so.
     """
+    architecture, context = base.architecture, context_of(base, tokenizer)
     task = make_task(config.dataset)
     require_consent(config, task)
     train, validation = None, None
@@ -70,6 +74,8 @@ def load_data(
         if learns(config):
             train, validation = _load_train(config, source), source.load("validation")
             require_disjoint(train, validation)
+            require_context(context, "training", train.encoded)
+            require_context(context, "validation", validation.encoded)
         test = source.load_test()
     if validation is not None:
         probe = validation.encoded.rows[:2]
@@ -82,7 +88,8 @@ def load_data(
         None if validation is None else validation.encoded,
         test,
         probe,
-        _facts(task, train, validation, test),
+        _facts(task, train, validation, test)
+        | {"test_prompts_too_long": count_filling(context, test, tokenizer, architecture)},
         source,
     )
 
@@ -152,10 +159,9 @@ def remarks(facts: Mapping[str, Any], max_length: int) -> list[str]:
     """Say in words which rows were left out, and which test rows are not unseen."""
     said = []
     for split, counts in facts["counts"].items():
-        reasons = [f"{n:,} {why}" for why, n in counts.items() if why not in ("read", "kept") and n]
+        reasons = [f"{n:,} {why}" for why, n in counts.items() if n and why not in _NOT_LOST]
         if reasons:
-            kept, read = counts.get("kept", 0), counts.get("read", 0)
-            said.append(f"{split}: {kept:,} of {read:,} rows taken; left out: {', '.join(reasons)}")
+            said.append(f"{split}: left out of {counts['read']:,} rows read: {', '.join(reasons)}")
     for split, dropped in facts["dropped_too_long"].items():
         if dropped:
             total = dropped + facts["rows"][split]
@@ -163,6 +169,11 @@ def remarks(facts: Mapping[str, Any], max_length: int) -> list[str]:
                 f"{split}: {dropped:,} of {total:,} rows left out, longer than "
                 f"model.max_length={max_length} tokens"
             )
+    if facts["test_prompts_too_long"]:
+        said.append(
+            f"{facts['test_prompts_too_long']:,} of {facts['rows']['test']:,} test prompts fill "
+            "the model's context; their replies are empty and count as wrong"
+        )
     if facts["test_prompts_in_train"]:
         said.append(
             f"{facts['test_prompts_in_train']:,} of {facts['rows']['test']:,} test prompts are "

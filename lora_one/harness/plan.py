@@ -66,7 +66,7 @@ def make_plan(config: Config) -> Plan:
     given = given_adapter(config)
     adapter, shapes = plan_adapter(config, base)
     tokenizer = load_tokenizer(base, config.model)
-    data = load_data(config, tokenizer, base.architecture)
+    data = load_data(config, tokenizer, base)
     plan_jobs(data.test, config.evaluation.samples)
     check_engine(config, base, data)
     schedule = plan_steps(config.model, len(data.train)) if config.trains else None

@@ -11,7 +11,7 @@ import torch
 
 import lora_one
 
-PACKAGES = ("torch", "transformers", "peft", "accelerate", "datasets", "hydra-core")
+PACKAGES = ("torch", "transformers", "peft", "tokenizers", "accelerate", "hydra-core")
 
 
 def provenance() -> dict[str, Any]:

@@ -15,7 +15,7 @@ from lora_one.harness.task_options import has_order, path_options
 from lora_one.tasks import Example, Task, token_cache
 from lora_one.tasks.base import Split
 from lora_one.tasks.encoding import TrainedArchitecture, encode, token_counter
-from lora_one.tasks.reads import Read, recorded_reads
+from lora_one.tasks.reads import Reads, recorded_reads
 from lora_one.tasks.token_cache import Miss, TokenisedSplit, text_hashes
 
 # Keys of the dataset section that decide neither the rows that carry loss nor their tokens.
@@ -53,7 +53,7 @@ class Splits:
         task: Task,
         tokenizer: Any,
         architecture: TrainedArchitecture,
-        reads: list[Read],
+        reads: Reads,
     ) -> None:
         self.config = config
         self.task = task
@@ -71,7 +71,8 @@ class Splits:
         found = token_cache.load(cache_folder(self.config), key)
         if not isinstance(found, Miss):
             self.task.counts[split], self.task.sources[split] = found.counts, found.source
-            self.reads += [read for read in found.reads if read not in self.reads]
+            for read in found.reads:
+                self.reads.add(read)
             return found
         if found.reason is not None:
             say(f"note: {found.reason}; tokenising the {split} rows again")

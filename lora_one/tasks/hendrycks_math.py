@@ -23,6 +23,7 @@ from lora_one.tasks.base import (
 )
 from lora_one.tasks.math_answers import last_boxed, normalise, stated_answer
 from lora_one.tasks.math_equivalence import Equivalence, require_math_verify
+from lora_one.tasks.reads import note_file
 from lora_one.tasks.rows import (
     Row,
     Rows,
@@ -236,12 +237,14 @@ def _part(row: Mapping[str, Any], position: int) -> str:
 
 def _read_problems(file: Path) -> Rows:
     """Read a file of rows or, as in the original archive, of one object."""
+    raw = file.read_bytes()
     try:
-        content = json.loads(file.read_text(encoding="utf-8-sig"))
+        content = json.loads(raw.decode("utf-8-sig"))
     except ValueError:
         return read_file(file)  # JSON lines, or an error that it explains
     if not isinstance(content, dict):
         return read_file(file)
+    note_file(file, raw)
     return Rows([Row(str(file), content)], {"file": str(file), "rows": 1})
 
 

@@ -1,13 +1,15 @@
 """Which sources a task has read, and whether they are still the same.
 
 What is made of rows can be kept only as long as the rows stand. A task may read what it likes, in
-any layout; every reader of ``rows`` notes what identifies the source that it read.
+any layout; every reader of ``rows`` notes what identifies the source that it read. A task that
+opens files itself has to ``note_file`` them.
 """
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from hashlib import file_digest
+from hashlib import file_digest, sha256
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +19,28 @@ from lora_one.tasks.hub import fetch_split
 Read = dict[str, Any]
 """``file``, ``sha256``; or ``hub``, ``config``, ``split``, ``revision``, ``commit``, ``files``."""
 
-_READS: ContextVar[list[Read] | None] = ContextVar("reads", default=None)
+
+class Reads:
+    """Sources that were read, each once, in order."""
+
+    def __init__(self) -> None:
+        self._by_content: dict[str, Read] = {}
+
+    def add(self, read: Read) -> None:
+        """Note a source, unless it is noted."""
+        self._by_content[json.dumps(read, sort_keys=True)] = read
+
+    def __iter__(self) -> Iterator[Read]:
+        return iter(self._by_content.values())
+
+
+_READS: ContextVar[Reads | None] = ContextVar("reads", default=None)
 
 
 @contextmanager
-def recorded_reads() -> Iterator[list[Read]]:
+def recorded_reads() -> Iterator[Reads]:
     """Collect what identifies every file and hub split that is read in this block."""
-    reads: list[Read] = []
+    reads = Reads()
     token = _READS.set(reads)
     try:
         yield reads
@@ -34,8 +51,13 @@ def recorded_reads() -> Iterator[list[Read]]:
 def note_read(read: Read) -> None:
     """Note a source that was read, for the block that records."""
     reads = _READS.get()
-    if reads is not None and read not in reads:
-        reads.append(read)
+    if reads is not None:
+        reads.add(read)
+
+
+def note_file(path: Path, content: bytes) -> None:
+    """Note a file that was read by other means than ``rows``."""
+    note_read({"file": str(path.resolve()), "sha256": sha256(content).hexdigest()})
 
 
 def reads_the_same(read: Read) -> bool:

@@ -177,13 +177,13 @@ def test_an_unreachable_hub_says_what_to_do(hub, monkeypatch):
 FETCH = """
 import sys
 from lora_one.tasks.rows import read_hub
-print(*(row.fields["question"] for row in read_hub("openai/gsm8k", "main", sys.argv[1], None).rows))
+print(*(row.fields["question"] for row in read_hub("openai/gsm8k", "main", *sys.argv[1:]).rows))
 """
 
 
-def _fetch(home, server, split="train"):
+def _fetch(home, server, split="train", revision="main"):
     variables = {"HF_HOME": str(home), "HF_ENDPOINT": server.url, "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-c", FETCH, split]
+    command = [sys.executable, "-c", FETCH, split, revision]
     environment = {k: v for k, v in os.environ.items() if "proxy" not in k.lower()} | variables
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
 
@@ -196,6 +196,14 @@ def test_only_the_files_of_the_split_are_downloaded_and_only_once(tmp_path, repo
         before = len(server.downloads())
         assert _fetch(tmp_path, server).stdout == "one two three\n"
         assert len(server.downloads()) == before
+
+
+def test_a_pinned_split_that_is_here_asks_the_hub_nothing(tmp_path, repository):
+    with HubServer([repository]) as server:
+        _fetch(tmp_path, server, "train", repository.commit)
+        server.requests.clear()
+        assert _fetch(tmp_path, server, "train", repository.commit).stdout == "one two three\n"
+        assert not server.requests
 
 
 def test_a_download_that_breaks_off_is_resumed_where_it_broke(tmp_path, repository):

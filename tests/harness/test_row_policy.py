@@ -1,0 +1,98 @@
+"""Rows are left out, refused or announced; none is cut, and no split leaks into another."""
+
+import json
+
+import pytest
+
+from lora_one.errors import InputError
+from lora_one.harness.plan import make_plan
+
+LONG = "apples " * 300  # 300 tokens: below model.max_length, beyond the tiny Llama's 256
+
+
+@pytest.fixture
+def rows(copy_of, rows_folder):
+    """A copy of the rows' folder, and a way to add rows to a split."""
+    folder = copy_of(rows_folder)
+
+    def add(split, *entries):
+        file = folder / f"{split}.jsonl"
+        file.write_text(file.read_text() + "".join(json.dumps(e) + "\n" for e in entries))
+
+    def first(split):
+        return json.loads((folder / f"{split}.jsonl").read_text().splitlines()[0])
+
+    return folder, add, first
+
+
+def _plan(small, folder, *overrides):
+    return make_plan(small(f"dataset.path={folder}", "dataset.train_rows=null", *overrides))
+
+
+def test_a_validation_row_that_is_a_training_row_is_refused(small, rows):
+    folder, add, first = rows
+    add("validation", first("train"))
+    with pytest.raises(InputError, match=r"1 of 9 validation rows are training rows.*validation/8"):
+        _plan(small, folder)
+
+
+def test_the_same_question_with_another_answer_is_no_copy(small, rows):
+    folder, add, first = rows
+    add("validation", first("train") | {"answer": "no\n#### 7"})
+    assert len(_plan(small, folder).data.validation) == 9
+
+
+def test_test_prompts_among_the_training_prompts_are_counted_and_said(small, rows, run, capsys):
+    folder, add, first = rows
+    add("train", first("test") | {"answer": "another way\n#### 7"})
+    record = run(small(f"dataset.path={folder}", "dataset.train_rows=null"))
+    assert record["data"]["test_prompts_in_train"] == 1
+    assert "1 of 6 test prompts are training prompts, word for word" in capsys.readouterr().out
+    # The training prompts come from the cache this time.
+    assert _plan(small, folder).data.facts["test_prompts_in_train"] == 1
+
+
+def test_rows_that_are_too_long_are_counted_and_said(small, rows, run, capsys):
+    folder, add, _ = rows
+    add("train", {"question": LONG, "answer": "#### 1"})
+    settings = (f"dataset.path={folder}", "dataset.train_rows=null", "model.max_length=256")
+    record = run(small(*settings))
+    assert record["data"]["dropped_too_long"] == {"train": 1, "validation": 0}
+    assert record["data"]["rows"]["train"] == 48
+    said = capsys.readouterr().out
+    assert "note: train: 1 of 49 rows left out, longer than model.max_length=256 tokens" in said
+
+
+def test_every_row_that_is_kept_ends_in_eos(small, rows, tokenizer):
+    for encoded in (_plan(small, rows[0]).data.train, _plan(small, rows[0]).data.validation):
+        assert {row["labels"][-1] for row in encoded.rows} == {tokenizer.eos_token_id}
+
+
+def test_a_limit_beyond_the_context_is_refused_where_a_row_needs_it(small, rows):
+    folder, add, _ = rows
+    assert _plan(small, folder).data.train.max_length == 512  # no row is longer than the 256
+    add("train", {"question": LONG, "answer": "#### 1"})
+    with pytest.raises(InputError, match=r"reads 256 at most\. Set model\.max_length=256"):
+        _plan(small, folder)
+
+
+def test_t5_has_no_context(small, rows, t5_folder):
+    folder, add, _ = rows
+    add("train", {"question": LONG, "answer": "#### 1"})
+    add("test", {"question": LONG, "answer": "#### 1"})
+    plan = _plan(small, folder, f"model.name={t5_folder}")
+    assert len(plan.data.train) == 49
+    assert plan.data.facts["test_prompts_too_long"] == 0
+
+
+def test_a_prompt_that_fills_the_context_is_announced_and_not_cut(
+    small, rows, run, capsys, tmp_path
+):
+    folder, add, _ = rows
+    add("test", {"question": LONG, "answer": "#### 1"})
+    record = run(small(f"dataset.path={folder}"))
+    assert record["data"]["test_prompts_too_long"] == 1
+    assert "1 of 7 test prompts fill the model's context" in capsys.readouterr().out
+    predictions = tmp_path / "results" / record["run_id"] / "predictions.jsonl"
+    last = json.loads(predictions.read_text().splitlines()[-1])
+    assert (last["reply"], last["scores"]["strict"]["correct"]) == ("", False)
