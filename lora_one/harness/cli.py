@@ -74,8 +74,10 @@ def _guarded(conf: Path, arguments: list[str], act: Act, *, advise: bool = True)
     try:
         return _dispatch(conf, arguments, act)
     except NotPreparedError as error:
-        advice = f" Where there is a network: {prepare_command(arguments)}" if advise else ""
-        _complain(f"error: {error}.{advice}")
+        advice = (
+            f" Prepare it where there is a network: {prepare_command(arguments)}" if advise else ""
+        )
+        _complain(f"error: {str(error).rstrip('.')}.{advice}")
         return 2
     except InputError as error:
         _complain(f"error: {error}")

@@ -143,7 +143,7 @@ def _explain_missing_model(name: str, error: Exception) -> NotPreparedError:
     reason = str(error).strip().splitlines()[0]
     return NotPreparedError(
         f"model.name={name}: not a local folder, and the hub did not give it ({reason}). "
-        "Download it where there is a network, or give a local folder with model.name=<path>."
+        "Or give a local folder with model.name=<path>."
     )
 
 

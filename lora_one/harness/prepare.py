@@ -52,9 +52,10 @@ def prepare_all(configs: Sequence[Config]) -> None:
     quiet_libraries()
     needed = list({_needs(config): _harmless(config) for config in configs}.values())
     items: dict[str, Item] = {}
-    for model in {repr(config.model.name): config.model for config in needed}.values():
+    models = {(config.model.name, config.model.revision): config.model for config in needed}
+    for name, model in models.items():
         say(f"model {model.name}")
-        items[f"model {model.name} {model.revision}"] = _model_item(model)
+        items[str(name)] = _model_item(model)
     for index, config in enumerate(needed):
         say(f"rows {index + 1} of {len(needed)}: {config.dataset.name}, for {config.model.name}")
         for item in _prepare_rows(config):

@@ -244,8 +244,8 @@ def test_prepared_over_a_network_run_without(
     unprepared = _call("run_exp.py", overrides, home, **offline)
     assert unprepared.returncode == 2
     assert (
-        "Where there is a network: python scripts/prepare.py dataset=gsm8k model.name=org/tiny"
-        in unprepared.stderr
+        "Prepare it where there is a network: python scripts/prepare.py dataset=gsm8k "
+        "model.name=org/tiny" in unprepared.stderr
     )
     assert not (tmp_path / "results").exists()
 
