@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from functools import cache
 from threading import Barrier
@@ -32,7 +32,9 @@ def map_on_cores(function: Callable[[Item], Result], items: Sequence[Item]) -> l
     with _one_core_each(), torch.no_grad():
         if threads == 1 or len(items) == 1:
             return [function(item) for item in items]
-        return list(_pool(threads, os.getpid()).map(function, items))
+        calls = [_pool(threads, os.getpid()).submit(function, item) for item in items]
+        wait(calls)  # also when one fails: none may go on while the caller has its cores back
+        return [call.result() for call in calls]
 
 
 @contextmanager

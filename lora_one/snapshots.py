@@ -66,6 +66,11 @@ class Snapshot:
         return self.sizes is None or path.stat().st_size == self.sizes.get(name)
 
 
+def is_shard(name: str) -> bool:
+    """Say whether a data file's name tells how many others belong to it."""
+    return _SHARD.fullmatch(name) is not None
+
+
 def shards(name: str) -> list[str]:
     """Return all shards of the data file that ``name`` is a shard of, or ``[name]``."""
     found = _SHARD.fullmatch(name)

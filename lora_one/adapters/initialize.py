@@ -143,6 +143,7 @@ def initialize(
         for name in by_name:
             decompose(name, None)
     decompose_waiting()
+    starts = _agreed(starts)
     if auto:
         gamma = search_gamma(peft_model, layers, starts, batches, report, train, seed)
         options = replace(options, stable_gamma=gamma)
@@ -212,6 +213,7 @@ def initialize_adapters(
         gradient = gradients[layer.name].to(layer.A.device) if needs_gradient else None
         for _, start in _starts([(layer, gradient)], options, report):
             starts[layer.name], reports[layer.name] = start
+    starts = _agreed(starts)
     _finish(peft_model, layers, starts, options, report, reports)
     report.seconds = time.perf_counter() - began
     return report
@@ -268,13 +270,24 @@ def _starts(
                 f"the gradient of '{layer.name}' is zero; the layer keeps PEFT's own start."
             )
             continue
-        factors, entry = start
-        if dist.is_available() and dist.is_initialized():
-            # Equal gradients should give equal factors; rank 0's make it certain.
-            factors = factors._replace(B=factors.B.contiguous(), A=factors.A.contiguous())
-            for factor in (factors.B, factors.A):
-                dist.broadcast(factor, src=0)
-        yield layer, (factors, entry)
+        yield layer, start
+
+
+def _agreed(starts: dict[str, Factors]) -> dict[str, Factors]:
+    """Return rank 0's factors: equal gradients should give equal ones, this makes it certain.
+
+    Not before all layers are done: ranks with different numbers of cores finish them in different
+    portions, and collective operations need the same order everywhere.
+    """
+    if not (dist.is_available() and dist.is_initialized()):
+        return starts
+    agreed = {}
+    for name, factors in sorted(starts.items()):
+        factors = factors._replace(B=factors.B.contiguous(), A=factors.A.contiguous())
+        for factor in (factors.B, factors.A):
+            dist.broadcast(factor, src=0)
+        agreed[name] = factors
+    return agreed
 
 
 def _start(

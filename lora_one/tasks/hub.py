@@ -15,7 +15,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from lora_one.errors import InputError, NotPreparedError, nearest
-from lora_one.snapshots import Snapshot, cached_snapshot, fetch
+from lora_one.snapshots import Snapshot, cached_snapshot, fetch, is_shard
 
 README = "README.md"
 DATA_SUFFIXES = (".jsonl", ".json", ".parquet", ".csv", ".tsv", ".jsonl.gz")
@@ -72,18 +72,30 @@ def split_is_here(hub_id: str, config: str | None, split: str, revision: str | N
 def split_names(snapshot: Snapshot, config: str | None, split: str) -> list[str]:
     """Choose the files of one split among the names of a snapshot.
 
+    Without the hub's listing of the commit, a name that is only matched may be one of several:
+    then the README has to name every file, or a file's name the number of its shards.
+
     Raises:
+        NotPreparedError: Nothing here tells which files the split has.
         InputError: The repository has no such configuration or split, or no file for it.
     """
     files = [name for name in snapshot.names if _is_data(name)]
+    listed = snapshot.sizes is not None
+    if not listed and README not in snapshot.names:
+        raise _unknown(snapshot, README)
     declared = _declared(snapshot)
     if declared:
-        names = _match(files, _patterns(snapshot.repository, declared, config, split))
+        patterns = _patterns(snapshot.repository, declared, config, split)
+        named = [pattern for pattern in patterns if not _is_glob(pattern)]
+        names = _match(files if listed else sorted({*files, *named}), patterns)
     else:
         if config is not None:
             # Branches such as refs/convert/parquet have no README, and a folder a configuration.
             files = [name for name in files if config in PurePosixPath(name).parts[:-1]]
-        names = _by_words(files, split)
+        names, named = _by_words(files, split), []
+    for name in () if listed else names:
+        if name not in named and not is_shard(name):
+            raise _unknown(snapshot, name)
     if not names:
         raise InputError(
             f"the dataset '{snapshot.repository}' has no file for the split '{split}'"
@@ -91,6 +103,17 @@ def split_names(snapshot: Snapshot, config: str | None, split: str) -> list[str]
             f"{', '.join(files[:8]) or 'none'}"
         )
     return names
+
+
+def _unknown(snapshot: Snapshot, name: str) -> NotPreparedError:
+    return NotPreparedError(
+        f"the dataset '{snapshot.repository}' was brought into {snapshot.folder} by a tool that "
+        f"keeps no listing, and nothing tells whether {name} is all there is"
+    )
+
+
+def _is_glob(pattern: str) -> bool:
+    return any(sign in pattern for sign in "*?[")
 
 
 def _is_data(name: str) -> bool:

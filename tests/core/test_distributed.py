@@ -1,5 +1,7 @@
 """Two gloo ranks see what one process sees. One pair of processes runs everything once."""
 
+from datetime import timedelta
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -24,7 +26,11 @@ def factors_of(peft_model):
 def worker(rank, folder):
     torch.set_num_threads(1)
     dist.init_process_group(
-        "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2
+        "gloo",
+        init_method=f"file://{folder}/rendezvous",
+        rank=rank,
+        world_size=2,
+        timeout=timedelta(minutes=2),
     )
     try:
         torch.save(rank_results(rank), f"{folder}/{rank}.pt")
@@ -47,10 +53,19 @@ def rank_results(rank):
     results["losses"] = (report.loss_before, report.loss_after, report.tokens)
     results["factors"] = factors_of(peft_model)
 
+    results["cores"] = started_with_cores(1 + rank, even)
     results["refused"] = refused(batches if rank == 0 else [])
     results["trained"] = trained_with_ddp(batches[rank])
     results["fsdp"] = sharded_gradients(even)
     return results
+
+
+def started_with_cores(count, batches):
+    torch.set_num_threads(count)
+    peft_model = adapted(tiny_llama())
+    lora_one.initialize(peft_model, batches, method="lora_one")
+    torch.set_num_threads(1)
+    return factors_of(peft_model)
 
 
 def refused(batches):
@@ -109,10 +124,12 @@ def test_two_ranks_give_the_gradient_of_one_process(case, count, ranks):
         assert torch.equal(ranks[0][case][name], ranks[1][case][name])
 
 
-def test_factors_are_the_same_bit_for_bit_on_every_rank(ranks):
-    for name, (B, A) in ranks[0]["factors"].items():
-        assert torch.equal(B, ranks[1]["factors"][name][0])
-        assert torch.equal(A, ranks[1]["factors"][name][1])
+@pytest.mark.parametrize("case", ["factors", "cores"])
+def test_factors_are_the_same_bit_for_bit_on_every_rank(case, ranks):
+    """Also where the ranks have different numbers of cores."""
+    for name, (B, A) in ranks[0][case].items():
+        assert torch.equal(B, ranks[1][case][name][0])
+        assert torch.equal(A, ranks[1][case][name][1])
 
 
 def test_two_ranks_start_like_one_process(ranks):

@@ -89,6 +89,28 @@ def test_a_missing_shard_is_noticed(hub, repository, listing):
         read_hub("openai/gsm8k", "main", "train", None)
 
 
+@pytest.mark.parametrize(
+    ("readme", "here", "held"),
+    [
+        ("path: [data/a.jsonl, data/b.jsonl]", ["data/a.jsonl", "data/b.jsonl"], True),
+        ("path: [data/a.jsonl, data/b.jsonl]", ["data/a.jsonl"], False),
+        ("path: data/*.jsonl", ["data/a.jsonl", "data/b.jsonl"], False),
+        (None, ["data/a.jsonl", "data/b.jsonl"], False),
+    ],
+    ids=["every file is named", "one of them is missing", "a pattern only", "no README"],
+)
+def test_without_a_listing_what_might_be_a_part_is_not_taken_for_all(hub, readme, here, held):
+    header = f"configs:\n- config_name: default\n  data_files:\n  - split: train\n    {readme}\n"
+    files = {"data/a.jsonl": _rows("one"), "data/b.jsonl": _rows("two")}
+    files["README.md"] = f"---\n{header}---\n".encode()
+    present = here if readme is None else [*here, "README.md"]
+    Repository("dataset", "some/data", files).fill_cache(hub, present, listing=False)
+    assert hub_cache_holds("some/data", None, "train", None) == held
+    if not held:
+        with pytest.raises(NotPreparedError):
+            read_hub("some/data", None, "train", None)
+
+
 def test_a_file_cut_short_is_noticed(hub, repository):
     snapshot = repository.fill_cache(hub)
     assert hub_cache_holds("openai/gsm8k", "main", "test")
