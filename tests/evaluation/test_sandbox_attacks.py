@@ -81,6 +81,10 @@ ENDINGS = {
     "SystemExit in the call": ("def f(x):\n    raise SystemExit(0)", {"exited"}),
     "segmentation fault": ("import ctypes\nctypes.string_at(0)", {"crashed", "blocked"}),
     "killing the parent": ("import os\nos.kill(os.getppid(), 9)" + WRONG, {"failed", "blocked"}),
+    "interrupting process 1": (
+        "import os, signal, time\nos.kill(1, signal.SIGINT)\ntime.sleep(0.3)" + WRONG,
+        {"failed", "blocked"},
+    ),
     "signalling the group": ("import os\nos.killpg(0, 9)" + WRONG, {"crashed", "blocked"}),
 }
 FORGERIES = {
@@ -159,6 +163,14 @@ FORGERIES = {
     ),
     "tracing": ("import sys\nsys.settrace(lambda *a: None)\nsys.setprofile(print)" + WRONG, None),
     "raising the tester's exceptions": ("def f(x):\n    raise AssertionError", {"error"}),
+    "ending the tests' own iteration": ("def f(x):\n    raise StopIteration", {"error"}),
+    "ending it from an object": (
+        "class Odd:\n    def __getattr__(self, name): raise StopAsyncIteration\n"
+        "    def __len__(self): raise StopIteration\n"
+        "    def __getitem__(self, key): raise StopIteration\n"
+        "def f(x):\n    return Odd()",
+        {"failed"},
+    ),
     "an exception that is no exception": (
         "class E(Exception):\n    def __str__(self): raise self\ndef f(x):\n    raise E",
         {"error"},
@@ -208,6 +220,22 @@ def test_a_forged_verdict_is_not_passed(name):
     outcome = judge(program, isolation().level)
     assert not outcome.passed, outcome
     assert reasons is None or outcome.reason in reasons, outcome
+
+
+@pytest.mark.parametrize("name", [name for name in FORGERIES if name.startswith("ending")])
+@pytest.mark.parametrize(
+    "tests",
+    [
+        "assert all(map(lambda x: f(x) == x + 41, range(5)))",
+        "for got, wanted in zip(map(f, [2]), [4]):\n    assert got == wanted",
+        "assert all(map(lambda x: f(x).value == 4 and len(f(x)) == 1, [2]))",
+        "assert all(map(lambda x: f(x)[0] == 4, [2]))",
+        "assert all(map(lambda x: next(f(x)) == 4, [2]))",
+        "for thing in f(2) if f(2) == 4 else map(f, [2]):\n    assert thing == 4",
+    ],
+)
+def test_no_test_that_iterates_is_ended_by_the_program(name, tests):
+    assert not judge(FORGERIES[name][0], isolation().level, tests).passed
 
 
 def test_files_outside_cannot_be_read(level, tmp_path):
@@ -366,7 +394,10 @@ def test_memory_that_nobody_is_charged_for_and_odd_sockets_are_refused(isolated)
     program = (
         "import ctypes\nlibc = ctypes.CDLL(None, use_errno=True)\ndef f():\n    return [\n"
         "        libc.shmget(0, 4096, 0o1600), libc.msgget(0, 0o1600), libc.semget(0, 1, 0o1600),\n"
-        "        libc.memfd_create(b'x', 0), libc.socket(40, 1, 0), libc.socket(38, 5, 0)]\n"
+        "        libc.memfd_create(b'x', 0), libc.socket(40, 1, 0), libc.socket(38, 5, 0),\n"
+        "        shared(-1), os.path.exists('/dev/zero') - 1]\n"
+        "import mmap, os\ndef shared(fd):\n    try: mmap.mmap(fd, 4096)\n"
+        "    except PermissionError: return -1\n"
     )
     outcome = judge(program, isolated, "assert set(f()) == {-1}")
     assert outcome.passed, outcome

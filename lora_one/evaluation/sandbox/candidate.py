@@ -62,12 +62,21 @@ def _perform(request: dict[str, Any], module: types.ModuleType, resolve: Any) ->
     return _OPERATIONS[kind](target, *values)
 
 
+def _next(target: Any) -> list[Any]:
+    """Return the next value of an iterator in a list; an empty one at its end."""
+    try:
+        return [next(target)]
+    except StopIteration:
+        return []
+
+
 _OPERATIONS = {
     "getattr": getattr,
     "setattr": setattr,
     "getitem": lambda target, key: target[key],
     "setitem": lambda target, key, value: target.__setitem__(key, value),
     "len": len,
+    "next": _next,
 }
 
 

@@ -23,6 +23,8 @@ def main() -> NoReturn:
     """Run one role in its own sandbox; never returns."""
     status, incoming, outgoing = (int(argument) for argument in sys.argv[1:4])
     order = json.loads(sys.stdin.buffer.read())
+    # Of all signals Python handles this one. Process 1 is deaf to what nobody handles.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     null = os.open(os.devnull, os.O_RDWR)
     for standard in (0, 1, 2):
         os.dup2(null, standard)
@@ -112,6 +114,7 @@ def _be(
     try:
         os.setsid()
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         kernel.die_with_parent()
         os.chdir(order["work"])
         os.environ.clear()

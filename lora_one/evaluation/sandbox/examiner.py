@@ -8,9 +8,14 @@ from typing import Any
 
 from lora_one.evaluation.sandbox import wire
 
+# Python itself takes these for the regular end of an iteration, in map, zip and for: raised within
+# the tests, they would end the testing and not fail it.
+_CONTROL_FLOW = (StopIteration, StopAsyncIteration)
+_TEXT = 500  # letters that are kept of what the candidate says
+
 
 class CandidateError(Exception):
-    """The program raised something that is no built-in exception."""
+    """The program raised something that the tests cannot raise in its place."""
 
 
 class Remote:
@@ -47,6 +52,12 @@ class Remote:
 
     def __bool__(self) -> bool:
         return True
+
+    def __next__(self) -> Any:
+        for value in self._candidate.ask("next", self):
+            return value
+        # Not StopIteration, for the reason at _CONTROL_FLOW.
+        raise CandidateError("StopIteration: an iterator of the program has no further value")
 
     def __iter__(self) -> Any:
         return iter(list(self._candidate.ask("iterate", self)))
@@ -109,7 +120,8 @@ class Candidate:
             raise wire.ProtocolError("a reply that is no object")
         if "raised" in reply:
             raised = reply["raised"] if isinstance(reply["raised"], dict) else {}
-            self.raised = _exception(str(raised.get("type")), str(raised.get("text")))
+            kind, text = (str(raised.get(key))[:_TEXT] for key in ("type", "text"))
+            self.raised = _exception(kind, text)
             self.blocked = raised.get("blocked") is True
             raise self.raised
         return wire.decode(reply.get("value"), self._resolve)
@@ -150,9 +162,10 @@ def examine(task: dict[str, Any], requests: int, replies: int) -> dict[str, str]
         for name in [*task["names"], *_open_names(task["tests"], namespace)]:
             namespace[name] = candidate.named(name)
         exec(code, namespace)  # noqa: S102 -- trusted
-    except EOFError:
-        return {"reason": "gone", "detail": ""}
     except Exception as error:
+        # The program may raise one as well: input() does.
+        if isinstance(error, EOFError) and error is not candidate.raised:
+            return {"reason": "gone", "detail": ""}
         return _failure(error, candidate, task["tests"])
     return {"reason": "passed", "detail": ""}
 
@@ -181,7 +194,7 @@ def _failure(error: Exception, candidate: Candidate, tests: str) -> dict[str, st
     detail = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
     if error is candidate.raised:
         reason = "memory" if isinstance(error, MemoryError) else "error"
-        return {"reason": "blocked" if candidate.blocked else reason, "detail": detail}
+        return {"reason": "blocked" if candidate.blocked else reason, "detail": detail[:_TEXT]}
     trace, line = error.__traceback__, None
     while trace is not None:
         if trace.tb_frame.f_code.co_filename == "<tests>":
@@ -189,12 +202,16 @@ def _failure(error: Exception, candidate: Candidate, tests: str) -> dict[str, st
         trace = trace.tb_next
     if line is not None:
         detail += f"; line {line} of the tests: {tests.splitlines()[line - 1].strip()}"
-    return {"reason": "failed", "detail": detail[:500]}
+    return {"reason": "failed", "detail": detail[:_TEXT]}
 
 
 def _exception(name: str, text: str) -> Exception:
     kind = getattr(builtins, name, None)
-    if isinstance(kind, type) and issubclass(kind, Exception):
+    if (
+        isinstance(kind, type)
+        and issubclass(kind, Exception)
+        and not issubclass(kind, _CONTROL_FLOW)
+    ):
         try:
             return kind(text)
         except TypeError:  # UnicodeDecodeError and its like want more than a text

@@ -1,7 +1,7 @@
 """The first process of a sandbox: starts the program, watches it, and says how it ended.
 
 Inside a PID namespace the guard is process 1. Its end is the end of every other process there,
-whatever session or group they moved to, and no signal from inside can end it.
+whatever session or group they moved to, and no signal from inside can end it: it handles none.
 """
 
 import os

@@ -1,6 +1,6 @@
 """Build the small world that a sandboxed process sees: namespaces, a new root, no way back.
 
-The new root holds the Python installation, the system's shared libraries and four harmless
+The new root holds the Python installation, the system's shared libraries and three harmless
 devices, all read-only, and an empty, size-limited ``/tmp``. The order of the mounts follows
 bubblewrap: a tmpfs becomes the root first, so that what it covered is reached below ``/old``.
 """
@@ -14,7 +14,8 @@ from lora_one.evaluation.sandbox import kernel
 
 WORK = "/tmp"  # noqa: S108 -- the sandbox's own, empty file system, not the machine's
 NOBODY = 65534
-DEVICES = ("/dev/null", "/dev/zero", "/dev/random", "/dev/urandom")
+# Not /dev/zero: mapped, it is memory that processes share and none of them is charged for.
+DEVICES = ("/dev/null", "/dev/random", "/dev/urandom")
 _LIBRARIES = ("/lib", "/lib32", "/lib64", "/usr/lib", "/usr/lib32", "/usr/lib64", "/usr/libexec")
 _FILES = ("/etc/ld.so.cache", "/usr/share/zoneinfo")
 # Flags of a mount that a user namespace inherited must stay when it is mounted again.

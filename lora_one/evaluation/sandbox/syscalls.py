@@ -1,9 +1,9 @@
 """Refuse system calls that no program of a benchmark needs: a seccomp filter, for native code too.
 
 Namespaces leave three kinds of holes that this closes: memory that no process is charged for
-(System V segments, anonymous files), sockets that know no network namespace (VSOCK reaches the host
-of a virtual machine), and the kernel interfaces in which most holes are found. Without namespaces
-it also refuses signals to others, sockets and the execution of programs.
+(System V segments, anonymous files and shared mappings), sockets that know no network namespace
+(VSOCK reaches the host of a virtual machine), and the kernel interfaces in which most holes are
+found. Without namespaces it also refuses signals to others, sockets and the execution of programs.
 """
 
 import ctypes
@@ -67,12 +67,15 @@ _NOT_WITHOUT_NAMESPACES = {
 }
 _SOCKET = (41, 198)
 _KILL, _TGKILL, _PRLIMIT = (62, 129), (234, 131), (302, 261)
+_MMAP = (9, 222)
+_SHARED_ANONYMOUS = 0x01 | 0x20  # MAP_SHARED and MAP_ANONYMOUS
 _FAMILIES = (1, 2, 10, 16)  # Unix, IPv4, IPv6, and netlink, which lists the interfaces
 _MACHINES = {"x86_64": (0, 0xC000003E), "aarch64": (1, 0xC00000B7)}
 _X32 = 0x40000000  # the third interface of x86-64, with numbers of its own
 
-_LOAD, _EQUAL, _AT_LEAST, _RETURN = 0x20, 0x15, 0x35, 0x06
-_NUMBER, _MACHINE, _FIRST_ARGUMENT = 0, 4, 16  # offsets in struct seccomp_data
+_LOAD, _EQUAL, _AT_LEAST, _AND, _RETURN = 0x20, 0x15, 0x35, 0x54, 0x06
+# Offsets in struct seccomp_data; of arguments, eight bytes each, the low halves.
+_NUMBER, _MACHINE, _FIRST_ARGUMENT, _FOURTH_ARGUMENT = 0, 4, 16, 40
 _ALLOW, _REFUSE = 0x7FFF0000, 0x00050000 | errno.EPERM
 _PR_SET_SECCOMP, _MODE_FILTER = 22, 2
 
@@ -120,6 +123,15 @@ def _instructions(machine: str, namespaces: bool) -> list[_Instruction]:
     refused = _NEVER if namespaces else _NEVER | _NOT_WITHOUT_NAMESPACES
     for numbers in refused.values():
         steps += [(_EQUAL, 0, 1, numbers[column]), (_RETURN, 0, 0, _REFUSE)]
+    # Pages of such a mapping stay when no process that has it counts them as resident any more.
+    steps += [
+        (_EQUAL, 0, 5, _MMAP[column]),
+        (_LOAD, 0, 0, _FOURTH_ARGUMENT),
+        (_AND, 0, 0, _SHARED_ANONYMOUS),
+        (_EQUAL, 0, 1, _SHARED_ANONYMOUS),
+        (_RETURN, 0, 0, _REFUSE),
+        (_RETURN, 0, 0, _ALLOW),
+    ]
     if namespaces:
         steps += _only(_SOCKET[column], _FAMILIES)
     else:
