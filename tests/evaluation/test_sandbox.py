@@ -79,13 +79,20 @@ VALUES = [
     "collections.deque([1, 2])",
     "decimal.Decimal('0.10')",
     "fractions.Fraction(1, 3)",
+    "collections.Counter('aab')",
+    "collections.OrderedDict([('b', 1), ('a', [2])])",
+    "datetime.date(2024, 2, 29)",
+    "datetime.time(1, 2, 3, 4)",
+    "datetime.datetime(2024, 2, 29, 1, tzinfo=datetime.timezone.utc)",
+    "datetime.timedelta(-1, 2, 3)",
+    "array.array('d', [1, 2.5])",
 ]
 
 
 @pytest.mark.parametrize("value", VALUES)
 def test_plain_values_arrive_as_they_are(value):
     tests = (
-        "import collections, decimal, fractions\n"
+        "import array, collections, datetime, decimal, fractions\n"
         f"assert same({value}) == {value}\nassert type(same({value})) is type({value})\n"
         f"assert same({value}, {value}, key={value}) == ({value}, {value})"
     )
@@ -101,6 +108,64 @@ def test_subclasses_arrive_as_their_plain_base():
         "def f():\n    return Counter('aab'), OrderedDict(a=1), Point(1, 2), Colour.RED"
     )
     assert run(program, "assert f() == ({'a': 2, 'b': 1}, {'a': 1}, (1, 2), 3)").passed
+
+
+def test_named_tuples_keep_their_fields_and_iterators_give_their_next_value():
+    program = (
+        "from collections import namedtuple\nPoint = namedtuple('Point', 'x y')\n"
+        "Odd = namedtuple('Odd', 'x class', rename=True)\n"
+        "def f(point=Point(1, 2)):\n    return point._replace(x=point.x + 1)\n"
+        "def odd():\n    return Odd(1, 2)\n"
+        "def count():\n    yield 1\n    yield 2\n"
+    )
+    tests = (
+        "assert f().x == 2 and f(f()).x == 3 and Point(5, 6).y == 6 and odd() == (1, 2)\n"
+        "numbers = count()\nassert next(numbers) == 1\nassert list(numbers) == [2]"
+    )
+    outcome = run(program, tests)
+    assert outcome.passed, outcome
+    assert "StopIteration" in run(program, "it = count()\n[next(it) for _ in range(3)]").detail
+
+
+def test_what_a_program_says_can_be_written_to_a_file_and_is_short():
+    # The second one writes its exception itself, past its own limit.
+    long = (
+        "import json, os, struct\ndef f():\n"
+        "    data = json.dumps({'raised': {'type': 'ValueError', 'text': 'A' * 10**7}}).encode()\n"
+        "    for fd in range(3, 64):\n        try:\n"
+        "            view = memoryview(struct.pack('>I', len(data)) + data)\n"
+        "            while view: view = view[os.write(fd, view):]\n"
+        "        except OSError: pass\n    return 1"
+    )
+    for program in (
+        "def f():\n    print('\\x1b[2J')\n    raise ValueError('\\ud800\\n\\x1b[2J')",
+        long,
+    ):
+        outcome = run(program, "assert f() == 1")
+        assert outcome.reason == "error", outcome
+        assert len(outcome.detail) <= 600
+        assert outcome.detail.isprintable()
+        assert (outcome.detail + outcome.output).encode()
+        assert "\x1b" not in outcome.output
+
+
+def test_an_end_of_input_in_the_program_is_the_programs_error():
+    assert run("def f():\n    return input()", "assert f() == 1").reason == "error"
+
+
+@pytest.mark.parametrize("home", ["/tmp", "/", "/tmp/nobody"])  # noqa: S108 -- where homes may be
+def test_a_home_at_or_above_the_sandboxs_own_folder_costs_no_isolation(home, monkeypatch):
+    found = judge.isolation.__wrapped__()
+    monkeypatch.setenv("HOME", home)
+    assert judge.isolation.__wrapped__() == found
+
+
+def test_a_weaker_isolation_is_said_with_its_reason():
+    assert judge.Isolation("unshare", {}).remark is None
+    weaker = judge.Isolation("rlimits", {"unshare": "no namespaces"}).remark
+    assert "'rlimits'" in weaker
+    assert "not attackers" in weaker
+    assert "unshare: no namespaces" in weaker
 
 
 def test_objects_of_the_program_can_be_made_written_and_handed_back():
@@ -268,6 +333,13 @@ def test_malformed_messages_are_refused():
         {"int": "x"},
         {"range": [1, 2, 0]},
         {"Decimal": "x"},
+        {"date": 3},
+        {"timedelta": [10**30]},
+        {"array": ["z", []]},
+        {"namedtuple": ["T", ["x", "x"], [1, 2]]},
+        {"namedtuple": ["T", ["__eq__"], [1]]},
+        {"namedtuple": ["T", ["x=print()"], [1]]},
+        {"namedtuple": ["T", [["x"]], [1]]},
         {"reference": []},
     ):
         with pytest.raises(wire.ProtocolError):

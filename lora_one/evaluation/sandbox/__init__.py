@@ -15,9 +15,9 @@ writing to descriptors, an ``__eq__`` that always agrees), the worst is a wrong 
 **Isolation levels**, found by trying (``isolation()``), named in every verdict:
 
 * ``unshare``: new user, mount, PID, network, IPC and UTS namespaces. The root holds the Python
-  installation and the system's libraries, read-only, four devices, and an empty ``/tmp`` of limited
-  size as the only place to write; no home, no /proc, no /sys, no network. No capabilities, no new
-  privileges, no further user namespaces, and no system calls that only an attacker needs
+  installation and the system's libraries, read-only, three devices, and an empty ``/tmp`` of
+  limited size as the only place to write; no home, no /proc, no /sys, no network. No capabilities,
+  no new privileges, no further user namespaces, and no system calls that only an attacker needs
   (``syscalls``). The end of the guard, process 1, ends everything.
 * ``bubblewrap``: the same through ``bwrap``, where only that program may create namespaces; its
   ``/proc`` of the sandbox's own processes is visible. Not used by root, whom the process limit
@@ -30,10 +30,17 @@ writing to descriptors, an ``__eq__`` that always agrees), the worst is a wrong 
 
 **What remains.** The kernel is shared: a hole in it is a hole here. A program can pass tests
 without solving the task if it knows the expected values, say by heart, or guesses ``True``.
-Arguments and results go by value, so a test that looks for changes in its own arguments does not
-see them, and programs have the standard library only. The system call filter knows x86-64 and
-AArch64; elsewhere memory in System V segments and anonymous files is bounded by time alone. Without
-a PID namespace memory and processor time are bounded per process, not in total.
+Programs have the standard library only. The system call filter knows x86-64 and AArch64; elsewhere
+memory in System V segments, anonymous files and shared mappings is bounded by time alone. Without a
+PID namespace memory and processor time are bounded per process, not in total.
+
+**What right programs may fail.** Arguments and results go by value: plain data, named tuples,
+numbers, dates and arrays of the standard library (``wire``). A test that looks for changes in its
+own arguments, or for identity, does not see them. Other objects of the program stay there; the
+tests can call them, read and write their attributes and items, and iterate over them, and nothing
+else. Tests fail that compare such objects (``__eq__``, ``<``), calculate with them, enter them by
+``with``, name the program's classes in ``except`` or ``isinstance``, expect views of a dict, catch
+the end of an iterator, or pass functions of their own. No test of HumanEval needs any of this.
 
 Standard library only; Linux for the first two levels.
 """

@@ -29,6 +29,7 @@ REASONS = (
 )
 _START_SECONDS = 60.0  # for both interpreters to start, on a machine that is busy
 _LAST_WORDS = 0.2  # seconds for a judged program to end by itself, which it does at once
+_DETAIL = 600  # letters of a detail
 _GRACE = 2.0  # seconds between the end of one role and the word of the other
 
 
@@ -70,6 +71,15 @@ class Isolation:
 
     level: Level
     refused: dict[str, str]
+
+    @property
+    def remark(self) -> str | None:
+        """What to tell people before programs run; None where nothing stronger was refused."""
+        if not self.refused:
+            return None
+        reasons = "; ".join(f"{level}: {why}" for level, why in self.refused.items())
+        protection = "" if self.level != "rlimits" else ", which stops accidents but not attackers"
+        return f"programs are isolated by '{self.level}'{protection} ({reasons})"
 
 
 def judge_program(
@@ -130,7 +140,9 @@ def judge_program(
             for fd in pipes:
                 os.close(fd)
         reason, detail, output, seconds = _Trial(candidate, examiner).decide(limits)
-    return Outcome(reason, detail, output, seconds, level)
+    # What a program says is for files and terminals: no lone surrogates, no control characters.
+    detail = _printable(" ".join(detail[:_DETAIL].split()))
+    return Outcome(reason, detail, _printable(output, keep="\n\t"), seconds, level)
 
 
 @lru_cache(maxsize=1)
@@ -163,6 +175,9 @@ def listing(folder):
     except OSError:
         return []
 
+def exists(path):
+    return os.path.exists(path)
+
 def writable(folder):
     return os.access(folder, os.W_OK)
 
@@ -182,26 +197,36 @@ def forks(wanted):
     return count
 """
 _PROBE_ISOLATED = """
-assert set(listing(HOME)) <= SHOWN, "the home folder can be read"
-assert not writable("/") and not writable(HOME), "the file system can be written"
+assert not exists(OUTSIDE), "files of the machine can be read"
+assert not writable("/"), "the file system can be written"
 assert interfaces() in ([], ["lo"]), "there is a network"
+"""
+_PROBE_HOME = """
+assert set(listing(HOME)) <= SHOWN, "the home folder can be read"
+assert not writable(HOME), "the home folder can be written"
 """
 
 
 def _probe(level: Level) -> Outcome:
     """Ask a program inside what it can see and do."""
     limits = Limits(processes=6)
-    home = Path.home()
+    # Not resolve(): what counts is the name, which inside is no link.
+    home = Path(os.path.abspath(Path.home()))  # noqa: PTH100
     shown = {
         Path(path).relative_to(home).parts[0]
         for path in readable_paths(os.environ.get("LD_LIBRARY_PATH", ""))
         if Path(path).is_relative_to(home) and Path(path) != home
     }
     tests = f"HOME, SHOWN = {str(home)!r}, {shown!r}\nassert writable('.')\n"
-    tests += _PROBE_ISOLATED if level != "rlimits" else ""
     # A thread of another process may end between counting and forking, hence some room.
-    tests += f"assert forks({limits.processes + 50}) <= {limits.processes + 20}, 'no fork limit'\n"
-    return judge_program(_PROBE, tests, limits=limits, level=level)
+    forks = f"assert forks({limits.processes + 50}) <= {limits.processes + 20}, 'no fork limit'\n"
+    with tempfile.NamedTemporaryFile(prefix="sandbox-") as outside:
+        if level != "rlimits":
+            tests += f"OUTSIDE = {outside.name!r}\n{_PROBE_ISOLATED}"
+            # A home at or above the sandbox's own folder, as in containers, is under that name
+            # another, empty one: then the file outside, below the same name, is what tells.
+            tests += "" if Path(WORK).is_relative_to(home) else _PROBE_HOME
+        return judge_program(_PROBE, tests + forks, limits=limits, level=level)
 
 
 def _working_folder(stack: ExitStack) -> str:
@@ -209,6 +234,10 @@ def _working_folder(stack: ExitStack) -> str:
     if os.geteuid() == 0:
         os.chown(folder, NOBODY, NOBODY)
     return folder
+
+
+def _printable(text: str, keep: str = "") -> str:
+    return "".join(c if c.isprintable() or c in keep else "\N{REPLACEMENT CHARACTER}" for c in text)
 
 
 class _Trial:

@@ -8,13 +8,13 @@ can turn back into the object.
 import json
 import os
 import struct
-from collections import deque
+from collections import Counter, OrderedDict, deque, namedtuple
 from collections.abc import Callable
+from functools import lru_cache
 from importlib import import_module
 from typing import Any
 
 _HEADER = struct.Struct(">I")
-_NUMBERS = {("decimal", "Decimal"), ("fractions", "Fraction")}
 _LARGE_INT = 1 << 4096  # decimal conversion of much larger ones is slow, and forbidden by Python
 
 
@@ -47,7 +47,7 @@ def receive(fd: int, limit: int) -> Any:
 
 
 def encode(value: Any, refer: Callable[[Any], int]) -> Any:
-    """Turn a value into JSON; subclasses become their plain base (Counter a dict, and so on).
+    """Turn a value into JSON; subclasses that are not named here become their plain base.
 
     Args:
         value: Anything.
@@ -66,9 +66,13 @@ def encode(value: Any, refer: Callable[[Any], int]) -> Any:
         return [encode(item, refer) for item in value]
     for kind in (tuple, set, frozenset, deque):
         if isinstance(value, kind):
-            return {kind.__name__: [encode(item, refer) for item in value]}
+            items = [encode(item, refer) for item in value]
+            fields = _fields(value)
+            return {"namedtuple": [*fields, items]} if fields else {kind.__name__: items}
     if isinstance(value, dict):
-        return {"dict": [[encode(k, refer), encode(v, refer)] for k, v in value.items()]}
+        kind = type(value) if type(value) in (Counter, OrderedDict) else dict
+        items = [[encode(k, refer), encode(v, refer)] for k, v in value.items()]
+        return {kind.__name__: items}
     if isinstance(value, bytes | bytearray):
         return {type(value).__name__: value.hex()}
     if isinstance(value, complex):
@@ -76,8 +80,9 @@ def encode(value: Any, refer: Callable[[Any], int]) -> Any:
     if type(value) is range:
         return {"range": [value.start, value.stop, value.step]}
     # By name: a program that holds one has imported its module, and others need not.
-    if (type(value).__module__, type(value).__name__) in _NUMBERS:
-        return {type(value).__name__: str(value)}
+    write = _PLAIN_OBJECTS.get((type(value).__module__, type(value).__name__))
+    if write is not None:
+        return {type(value).__name__: write(value)}
     return {"reference": refer(value)}
 
 
@@ -97,8 +102,12 @@ def decode(message: Any, resolve: Callable[[int], Any]) -> Any:
         return message
     try:
         ((kind, content),) = message.items()
-        if kind == "dict":
-            return {decode(k, resolve): decode(v, resolve) for k, v in content}
+        if kind in _DICTS:
+            return _DICTS[kind]({decode(k, resolve): decode(v, resolve) for k, v in content})
+        if kind == "namedtuple":
+            name, fields, items = content
+            # ``namedtuple`` itself refuses names that are no identifiers.
+            return _namedtuple(name, tuple(fields))(*(decode(item, resolve) for item in items))
         if kind == "reference":
             return resolve(int(content))
         if kind in _FROM_ITEMS:
@@ -108,6 +117,37 @@ def decode(message: Any, resolve: Callable[[int], Any]) -> Any:
         raise ProtocolError(f"a malformed value ({type(error).__name__}: {error})") from None
 
 
+def _fields(value: Any) -> tuple[str, list[str]] | None:
+    """Return the names of a named tuple's class and fields, or None for anything else."""
+    fields = getattr(type(value), "_fields", None)
+    if not isinstance(value, tuple) or not isinstance(fields, tuple) or len(fields) != len(value):
+        return None
+    try:
+        _namedtuple(type(value).__name__, fields)
+    except (TypeError, ValueError):  # it was made by hand, or with names that were replaced
+        return None
+    return type(value).__name__, list(fields)
+
+
+@lru_cache(maxsize=64)
+def _namedtuple(name: str, fields: tuple[str, ...]) -> Callable[..., Any]:
+    return namedtuple(name, fields)
+
+
+_DICTS: dict[str, Callable[..., Any]] = {
+    "dict": dict,
+    "Counter": Counter,
+    "OrderedDict": OrderedDict,
+}
+_PLAIN_OBJECTS: dict[tuple[str, str], Callable[[Any], Any]] = {
+    ("decimal", "Decimal"): str,
+    ("fractions", "Fraction"): str,
+    ("datetime", "date"): lambda value: value.isoformat(),
+    ("datetime", "time"): lambda value: value.isoformat(),
+    ("datetime", "datetime"): lambda value: value.isoformat(),
+    ("datetime", "timedelta"): lambda value: [value.days, value.seconds, value.microseconds],
+    ("array", "array"): lambda value: [value.typecode, value.tolist()],
+}
 _FROM_ITEMS: dict[str, Callable[..., Any]] = {
     "tuple": tuple,
     "set": set,
@@ -122,6 +162,11 @@ _FROM_CONTENT: dict[str, Callable[[Any], Any]] = {
     "range": lambda content: range(*content),
     "Decimal": lambda content: import_module("decimal").Decimal(content),
     "Fraction": lambda content: import_module("fractions").Fraction(content),
+    "date": lambda content: import_module("datetime").date.fromisoformat(content),
+    "time": lambda content: import_module("datetime").time.fromisoformat(content),
+    "datetime": lambda content: import_module("datetime").datetime.fromisoformat(content),
+    "timedelta": lambda content: import_module("datetime").timedelta(*content),
+    "array": lambda content: import_module("array").array(*content),
 }
 
 
