@@ -129,6 +129,19 @@ def require_consent(config: Config, task: Task) -> None:
     )
 
 
+def sandbox_remark(config: Config, task: Task) -> str | None:
+    """Say how replies will be isolated where that is not the strongest way there is; else None.
+
+    Raises:
+        SandboxError: no sandbox works on this machine: better now than after the replies.
+    """
+    if not task.executes_code or config.evaluation.generate_only:
+        return None
+    from lora_one.evaluation.sandbox import isolation
+
+    return isolation().remark
+
+
 def _facts(
     task: Task,
     train: TokenisedSplit | None,

@@ -17,7 +17,7 @@ from lora_one.harness import evaluation, initialization, training
 from lora_one.harness import export as exporting
 from lora_one.harness.config import Config
 from lora_one.harness.console import say
-from lora_one.harness.data import Batch, batches_of, remarks
+from lora_one.harness.data import Batch, batches_of, remarks, sandbox_remark
 from lora_one.harness.diagnosis import NOTHING_FOUND, locate
 from lora_one.harness.init_table import show_layers
 from lora_one.harness.models import base_dtype, has_bf16, load_base, weights_fingerprint
@@ -44,7 +44,8 @@ __all__ = [
 
 def load(config: Config, plan: Plan, record: RunRecord) -> PreTrainedModel:
     """Load the base model and write down what it is, what it learns from, and on what machine."""
-    for remark in remarks(plan.data.facts, config.model.max_length):
+    sandbox = sandbox_remark(config, plan.data.task)
+    for remark in [*remarks(plan.data.facts, config.model.max_length), *filter(None, [sandbox])]:
         say(f"note: {remark}")
     if is_main():
         _keep_tokens(plan)

@@ -300,6 +300,25 @@ def test_with_consent_replies_are_judged(programs, run):
     assert "accuracy" in run(programs("evaluation.allow_code_execution=true"))["metrics"]
 
 
+def test_a_weaker_sandbox_is_said_before_anything_is_generated(programs, run, monkeypatch, capsys):
+    from lora_one.evaluation.sandbox import Isolation, SandboxError, judge
+
+    weaker = Isolation("rlimits", {"unshare": "forbidden here"})
+    monkeypatch.setattr(judge, "isolation", lambda: weaker)
+    run(programs("evaluation.allow_code_execution=true"))
+    said = capsys.readouterr().out
+    assert "'rlimits'" in said.split("done:")[0]
+    assert "(unshare: forbidden here)" in said
+
+    def fail():
+        raise SandboxError("no sandbox works")
+
+    monkeypatch.setattr(judge, "isolation", fail)
+    run(programs("evaluation.generate_only=true"))
+    with pytest.raises(SandboxError):
+        run(programs("evaluation.allow_code_execution=true", "seed=7"))
+
+
 def test_replies_can_be_written_without_being_judged(programs, run, monkeypatch, folder_of, capsys):
     monkeypatch.setattr(Task, "judge", None)
     config = programs("evaluation.generate_only=true")
