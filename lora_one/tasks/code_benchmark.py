@@ -1,6 +1,5 @@
 """What the code benchmarks share: programs are judged by running them, in a sandbox."""
 
-import os
 from abc import abstractmethod
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -11,6 +10,7 @@ from typing import Any
 from lora_one.errors import InputError
 from lora_one.evaluation.pass_at_k import mean_pass_at_k
 from lora_one.tasks.base import CountTokens, Example, Split, Task, Verdict, check_split
+from lora_one.tasks.usable_cores import usable_cores
 
 NO_CODE = "no code"
 # Chen et al. report these; a k above the number of replies per problem is left out.
@@ -111,7 +111,7 @@ class CodeBenchmark(Task):
         Raises:
             SandboxError: The sandbox failed; that says nothing about a program.
         """
-        with ThreadPoolExecutor(max_workers=_cores()) as pool:
+        with ThreadPoolExecutor(max_workers=usable_cores()) as pool:
             return list(pool.map(self._judge_one, replies, examples))
 
     def summarise(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
@@ -163,9 +163,3 @@ def _verdict(code: str | None, reason: str, detail: str, isolation: str) -> Code
         "detail": detail,
         "isolation": isolation,
     }
-
-
-def _cores() -> int:
-    """Return the cores for this process; ranks of one machine share them."""
-    available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return max(1, (available or 1) // max(1, int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))

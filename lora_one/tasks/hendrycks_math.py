@@ -2,7 +2,8 @@
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, Literal
@@ -21,8 +22,14 @@ from lora_one.tasks.base import (
     group_accuracies,
     make_example,
 )
-from lora_one.tasks.math_answers import last_boxed, normalise, stated_answer
-from lora_one.tasks.math_equivalence import Equivalence, require_math_verify
+from lora_one.tasks.math_answers import (
+    last_boxed,
+    plain_constants,
+    same_notation,
+    same_spelling,
+    stated_answer,
+)
+from lora_one.tasks.math_equivalence import Compared, Equivalence, require_math_verify
 from lora_one.tasks.reads import note_file
 from lora_one.tasks.rows import (
     Row,
@@ -49,14 +56,26 @@ SUBJECTS = (
     "precalculus",
 )
 TEST_SETS = ("full", "math500")
+ROWS_500 = 500
+
+
+class MathVerdict(Verdict, total=False):
+    """A verdict that says where a comparison was left undecided, and so counts as unequal.
+
+    Attributes:
+        compared: ``timeout`` or ``crashed`` (``lora_one.tasks.math_equivalence``), or absent.
+    """
+
+    compared: Compared
 
 
 class HendrycksMath(Task):
     r"""MATH: a solution in LaTeX whose last ``\boxed{...}`` is the answer.
 
     The prompt is that of MetaMathQA here, so that an adapter trained on it is asked as it learnt.
-    ``math_verify`` compares the stated answers as mathematics, ``strict`` compares their
-    normalised spellings (``lora_one.tasks.math_answers`` says what states an answer).
+    ``math_verify`` compares the stated answers as mathematics, ``strict`` compares their spellings
+    (``lora_one.tasks.math_answers`` says what states an answer, and what spells the same).
+    math-verify ignores units in ``\text{}``: to it 10 am is 10 pm, as to its other users.
 
     A folder holds ``test.jsonl`` or ``test.json``, or a folder ``test`` with one file per subject
     or, as in the original archive, one folder per subject and one ``.json`` object per problem;
@@ -68,7 +87,8 @@ class HendrycksMath(Task):
 
     Args:
         path: Folder with local files; None reads the hub, one configuration per subject.
-        test_set: ``full`` (5,000 problems) or ``math500`` (the 500 of Lightman et al. 2023).
+        test_set: ``full`` (5,000 problems) or ``math500`` (the 500 of Lightman et al. 2023); with
+            ``path``, ``math500`` says that the test file there holds those 500.
         held_out_rows: Training problems held out for validation.
         split_seed: Seed of that choice.
         revision: Commit, tag or branch of the hub dataset; None is the pinned commit.
@@ -130,6 +150,13 @@ class HendrycksMath(Task):
                 read.rows, self._held_out_rows, self._split_seed, column="problem"
             )
             indices = kept if split == "train" else held_out
+        local_500 = self._folder is not None and self._test_set == "math500"
+        if split == "test" and local_500 and len(indices) != ROWS_500:
+            raise InputError(
+                f"dataset.test_set=math500, but the test in {self._folder} has "
+                f"{len(indices):,} rows, not {ROWS_500}: give the folder of MATH-500's test.jsonl "
+                "as dataset.path, or dataset.test_set=full"
+            )
         self.sources[split] = read.source
         self.counts[split] = {"read": len(read.rows), "kept": len(indices)}
         return [self._example(read.rows[index], source_split, index) for index in indices]
@@ -145,29 +172,34 @@ class HendrycksMath(Task):
         if self._equivalence is None:
             self._equivalence = Equivalence()
         answers = [stated_answer(reply) for reply in replies]
-        pairs = list(zip(answers, examples, strict=True))
-        same = [_same_spelling(answer, example) for answer, example in pairs]
+        pairs = list(zip(answers, map(_gold, examples), strict=True))
         open_cases = [
-            (_gold(example), answer)
-            for (answer, example), settled in zip(pairs, same, strict=True)
-            if answer is not None and not settled
+            (plain_constants(gold), plain_constants(answer))
+            for answer, gold in pairs
+            if answer is not None and not same_notation(answer, gold)
         ]
-        equal = iter(self._equivalence.equal(open_cases))
+        compared = iter(self._equivalence.compare(open_cases))
         return [
             {
-                "math_verify": {
+                "math_verify": _math_verdict(answer, gold, compared),
+                "strict": {
                     "parsed": answer,
-                    "correct": settled or (answer is not None and next(equal)),
+                    "correct": answer is not None and same_spelling(answer, gold),
                 },
-                "strict": {"parsed": answer, "correct": settled},
             }
-            for (answer, _), settled in zip(pairs, same, strict=True)
+            for answer, gold in pairs
         ]
 
     def summarise(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-        """Add the primary accuracy by subject and by level (``unknown`` where MATH has none)."""
+        """Add the primary accuracy by subject and by level (``unknown`` where MATH has none).
+
+        ``undecided_timeout`` and ``undecided_crashed`` count comparisons that were not finished,
+        where there are any; they count as wrong in the accuracy.
+        """
+        reasons = [row["scores"]["math_verify"].get("compared") for row in rows]
         return (
             super().summarise(rows)
+            | {f"undecided_{why}": n for why, n in sorted(Counter(filter(None, reasons)).items())}
             | group_accuracies(rows, self.scorers[0], lambda row: f"subject_{_part(row, 1)}")
             | group_accuracies(rows, self.scorers[0], lambda row: f"level_{_part(row, 2)}")
         )
@@ -208,8 +240,15 @@ class HendrycksMath(Task):
         return _joined(parts, {"folder": str(folder), "sha256_of_rows": _digest(rows)})
 
 
-def _same_spelling(answer: str | None, example: Example) -> bool:
-    return answer is not None and normalise(answer) == normalise(_gold(example))
+def _math_verdict(answer: str | None, gold: str, compared: Iterator[Compared]) -> MathVerdict:
+    """Take the next of the comparisons, in the order of ``judge``, where there had to be one."""
+    if answer is None or same_notation(answer, gold):
+        return {"parsed": answer, "correct": answer is not None}
+    result = next(compared)
+    verdict: MathVerdict = {"parsed": answer, "correct": result == "equal"}
+    if result in ("timeout", "crashed"):
+        verdict["compared"] = result
+    return verdict
 
 
 def _gold(example: Example) -> str:

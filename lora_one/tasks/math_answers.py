@@ -8,11 +8,17 @@ goes on to invent another question):
    the line, one pair of dollar signs and a closing full stop removed;
 3. else None: a number somewhere in a reply is no stated answer.
 
-``normalise`` brings two spellings of one LaTeX answer together without doing mathematics. It is
-the strict comparison; what is equal as mathematics is for ``lora_one.tasks.math_equivalence``.
+Two comparisons of spellings, without doing mathematics:
+
+* ``same_notation``: the two are one answer, written in two ways of LaTeX;
+* ``same_spelling``, the strict comparison: the same once what one of them leaves out is forgiven: a
+  unit, the variable that it solves for, separators of thousands.
+
+What is equal as mathematics is for ``lora_one.tasks.math_equivalence``.
 """
 
 import re
+from typing import NamedTuple
 
 from lora_one.tasks.answers import first_answer
 
@@ -21,15 +27,23 @@ _STATEMENT = re.compile(r"the (?:final )?answer is:?", re.IGNORECASE)
 # \boxed5 and \boxed\frac12 box the next token, as TeX reads it.
 _BARE = re.compile(r"\\[A-Za-z]+(?:\{[^{}]*\})*|[^\s${}]")
 
-_SPACING = re.compile(r"\\[,!;:> ]|\\q?quad(?![A-Za-z])|~|\s+")
-_UNITS = re.compile(r"\\(?:text|mbox|mathrm)\{\s*([A-Za-z .^0-9/]*)\}(?:\^\{?[0-9]\}?)?$")
-_TEXT = re.compile(r"\\(?:text|mbox|mathrm|textbf)\{([^{}]*)\}")
+_THIN = re.compile(r"\\[,!]")
+_WIDE = re.compile(r"(?:\\[;:> ]|\\q?quad(?![A-Za-z])|~|\s)+")
+_BLANK = re.compile(r"(?<![0-9]) | (?![0-9])")  # between digits it says something: 3 1/2, not 31/2
+_TEXT = re.compile(r"\\(?:text|mbox|mathrm|textbf|textrm)\{([^{}]*)\}")
+_CONSTANT = re.compile(r"\\(?:text|mbox|mathrm|textbf|textrm)\{\s*([ie])\s*\}")
+_DEGREES = re.compile(r"\^\\circ(?![A-Za-z])|\^\{\\circ\}|\\degree(?![A-Za-z])")
+_SIGNS = {"\\%": "percent", "^\\circ": "degree", "\\$": "dollar"}
+_UNIT = re.compile(r"(?<=[^{])\\text\{([A-Za-z.^0-9/]*)\}(\^\{?[0-9]\}?)?$")
 _BARE_FRACTION = re.compile(r"\\frac([0-9A-Za-z])([0-9A-Za-z])")
 _HALF_BARE_FRACTION = re.compile(r"\\frac(\{[^{}]*\})([0-9A-Za-z])")
 _BARE_ROOT = re.compile(r"\\sqrt([0-9A-Za-z])")
 _SLASH = re.compile(r"(-?)([0-9]+)/([0-9]+)")
-_THOUSANDS = re.compile(r"(?<=[0-9]),(?:\{\})?(?=[0-9]{3}(?![0-9]))")
-_SOLVED_FOR = re.compile(r"[A-Za-z]=(?=[^=]+$)")
+# Braces or a negative space say that a comma separates thousands; a bare one may be a list's.
+_MARKED_THOUSANDS = re.compile(r"(?<=[0-9])(?:\{,\}|,\{\}|,\\!|\\!,)(?=[0-9]{3}(?![0-9]))")
+_THOUSANDS = re.compile(r"(?<![0-9.,])[0-9]{1,3}(?:,[0-9]{3})+(?![0-9,])")
+_BRACKETS = re.compile(r"[(\[]|\\\{")
+_SOLVED_FOR = re.compile(r"([A-Za-z])=(?=[^=]+$)")
 _TRAILING_ZEROS = re.compile(r"([0-9])\.0+(?![0-9])")
 
 
@@ -63,28 +77,83 @@ def last_boxed(text: str) -> str | None:
     return None
 
 
-def normalise(answer: str) -> str:
-    r"""Write a LaTeX answer in one of its spellings.
+def same_notation(one: str, other: str) -> bool:
+    r"""Tell whether two answers are one in two notations.
 
-    Spaces, ``$``, ``\left``, ``\right``, display fractions, degree and percent signs, trailing
-    units in ``\text{}``, thousands separators and a leading ``x=`` go; ``\frac12`` and ``1/2``
-    become ``\frac{1}{2}``, ``.5`` and ``0.50`` stay decimals (``0.5``, ``0.50``).
+    Spaces, ``$``, ``\left``, ``\right``, display fractions and a full stop make no difference, nor
+    ``\frac12``, ``\frac{1}{2}`` and ``1/2``, ``.5`` and ``0.5``, ``1{,}234`` and ``1234``.
     """
+    return _finish(_notation(one)) == _finish(_notation(other))
+
+
+def same_spelling(one: str, other: str) -> bool:
+    r"""Tell whether two answers are the same once what one of them leaves out is forgiven.
+
+    That is a unit (trailing ``\text{}``, percent, degree and dollar signs) or a leading ``x=``,
+    which must be the same where both have one; and commas between thousands, except in brackets,
+    where they may separate.
+    """
+    first, second = _spelling(one), _spelling(other)
+    return first.core == second.core and all(
+        not mine or not theirs or mine == theirs
+        for mine, theirs in ((first.units, second.units), (first.variable, second.variable))
+    )
+
+
+def plain_constants(answer: str) -> str:
+    r"""Write ``\mathrm{i}`` and ``\mathrm{e}`` as letters: math-verify drops such groups."""
+    return _CONSTANT.sub(r"\1", answer)
+
+
+class _Spelling(NamedTuple):
+    core: str
+    units: frozenset[str]
+    variable: str
+
+
+def _spelling(answer: str) -> _Spelling:
+    text = _notation(answer)
+    units = {name for sign, name in _SIGNS.items() if sign in text}
+    for sign in _SIGNS:
+        text = text.replace(sign, "")
+    unit = _UNIT.search(text)
+    if unit is not None:
+        text = text[: unit.start()]
+        units.add(_unit_name(unit[1] + (unit[2] or "")))
+        units.discard("")
+    text = _TEXT.sub(r"\1", text)
+    if not _BRACKETS.search(text):
+        text = _THOUSANDS.sub(lambda number: number[0].replace(",", ""), text)
+    solved = _SOLVED_FOR.match(text)
+    variable = solved[1] if solved else ""
+    return _Spelling(_finish(text[solved.end() :] if solved else text), frozenset(units), variable)
+
+
+def _unit_name(unit: str) -> str:
+    """Write ``p.m.`` as ``pm``, ``cm^{2}`` as ``cm^2`` and ``hours`` as ``hour``."""
+    name = re.sub(r"[.{}]", "", unit)
+    return name.removesuffix("s") if len(name) > 3 else name
+
+
+def _notation(answer: str) -> str:
     text = answer.strip().removesuffix(".").replace("\n", " ")
-    text = text.replace("\\$", "").replace("$", "").replace("\N{MINUS SIGN}", "-")
+    text = re.sub(r"(?<!\\)\$", "", text).replace("\N{MINUS SIGN}", "-")
     text = re.sub(r"\\(?:left|right)(?![A-Za-z])", "", text)
     text = re.sub(r"\\[dt]frac(?![A-Za-z])", r"\\frac", text)
-    text = text.replace("{,}", ",")
-    text = re.sub(r"\^\{?\\circ\}?|\\degree(?![A-Za-z])|\\?%", "", text)
-    without_units = _UNITS.sub("", text.strip())
-    text = _TEXT.sub(r"\1", without_units if without_units.strip() else text)
-    text = _SPACING.sub("", text)
-    text = _THOUSANDS.sub("", text)
+    text = _MARKED_THOUSANDS.sub("", text).replace("{,}", ",")
+    text = re.sub(r"\\?%", r"\\%", text)
+    text = _DEGREES.sub(r"^\\circ", text)
+    text = plain_constants(text)
+    whole = _TEXT.fullmatch(text.strip())
+    text = whole[1] if whole else _TEXT.sub(r"\\text{\1}", text)
+    text = _BLANK.sub("", _WIDE.sub(" ", _THIN.sub("", text)))
     text = _BARE_FRACTION.sub(r"\\frac{\1}{\2}", text)
     text = _HALF_BARE_FRACTION.sub(r"\\frac\1{\2}", text)
     text = _BARE_ROOT.sub(r"\\sqrt{\1}", text)
-    text = _TRAILING_ZEROS.sub(r"\1", text)
-    text = _SOLVED_FOR.sub("", text, count=1) if _SOLVED_FOR.match(text) else text
+    return _TRAILING_ZEROS.sub(r"\1", text)
+
+
+def _finish(text: str) -> str:
     if text.startswith((".", "-.")):
         text = text.replace(".", "0.", 1)
     slash = _SLASH.fullmatch(text)

@@ -3,28 +3,36 @@
 math-verify (Hugging Face) parses LaTeX and compares with SymPy. Its own time limit is a SIGALRM
 handler: it works in the main thread only, replaces the handler of whoever calls, and cannot stop
 one long operation inside a C library, such as the power tower that a model wrote. So comparisons
-run in worker processes, one JSON line each way, with limits on memory; a worker that does not
-answer in time is killed and its comparison is a failed one.
+run in worker processes, one JSON line each way, with limits on memory and on processor time, which
+unlike wall time is the same on a busy machine. What they end is undecided, and told from unequal.
 """
 
 import atexit
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
 from queue import Empty, Queue
 from threading import Thread
-from typing import Any
+from typing import Any, Literal
 
 from lora_one.errors import InputError
+from lora_one.tasks.usable_cores import usable_cores
 
-# A comparison takes milliseconds; the first one of a worker imports SymPy as well.
+Compared = Literal["equal", "unequal", "timeout", "crashed"]
+"""``timeout``: past ``SECONDS_PER_PAIR``. ``crashed``: past the limit on memory, or another end."""
+
+# Of processor time. A comparison takes milliseconds.
 SECONDS_PER_PAIR = 10.0
-_SECONDS_TO_START = 120.0
+# A worker that computes ends itself; this is for one that hangs, or is starved by others.
+_WALL_SECONDS_PER_PAIR = 300.0
+_SECONDS_TO_START = 300.0
 _MEMORY_BYTES = 4 * 1024**3
 
 
@@ -44,24 +52,31 @@ class _Worker:
         self._process: subprocess.Popen[str] | None = None
         self._lines: Queue[str] = Queue()
 
-    def compare(self, gold: str, answer: str) -> bool:
+    def compare(self, gold: str, answer: str) -> Compared:
         if self._process is None:
             self._start()
         process = self._process
         try:
-            process.stdin.write(json.dumps([gold, answer]) + "\n")
+            process.stdin.write(json.dumps([gold, answer, SECONDS_PER_PAIR]) + "\n")
             process.stdin.flush()
-            return json.loads(self._lines.get(timeout=SECONDS_PER_PAIR))
-        except (Empty, BrokenPipeError, json.JSONDecodeError):
-            # Too slow, or the process died of its memory limit: this pair is not shown equal.
+            line = self._lines.get(timeout=_WALL_SECONDS_PER_PAIR)
+        except Empty:
             self.close()
-            return False
+            return "timeout"
+        except BrokenPipeError:
+            line = ""
+        if line:
+            return json.loads(line)
+        ended = process.wait()
+        self.close()
+        return "timeout" if ended == -signal.SIGXCPU else "crashed"
 
     def close(self) -> None:
         if self._process is not None:
             self._process.kill()
             self._process.wait()
-            self._process.stdin.close()
+            with suppress(BrokenPipeError):  # what it did not read is of no use to anybody
+                self._process.stdin.close()
             self._process = None
 
     def _start(self) -> None:
@@ -95,7 +110,8 @@ class Equivalence:
     """Compares answers by math-verify.
 
     Args:
-        workers: Processes that compare at the same time; None is one per CPU, four at most.
+        workers: Processes that compare at the same time; None is one for each core that this rank
+            may use, four at most.
 
     Raises:
         InputError: math-verify is not installed.
@@ -103,17 +119,17 @@ class Equivalence:
 
     def __init__(self, workers: int | None = None) -> None:
         require_math_verify()
-        count = workers or min(4, os.cpu_count() or 1)
+        count = workers or min(4, usable_cores())
         self._workers: Queue[_Worker] = Queue()
         self._all = [_Worker() for _ in range(count)]
         for worker in self._all:
             self._workers.put(worker)
         atexit.register(self.close)
 
-    def equal(self, pairs: Sequence[tuple[str, str]]) -> list[bool]:
+    def compare(self, pairs: Sequence[tuple[str, str]]) -> list[Compared]:
         """Say for each pair (gold, answer), in order, whether they are equal.
 
-        What cannot be parsed, takes longer than ``SECONDS_PER_PAIR`` or too much memory is unequal.
+        What cannot be parsed is unequal.
         """
         distinct = list(dict.fromkeys(pairs))
         with ThreadPoolExecutor(len(self._all)) as threads:
@@ -125,7 +141,7 @@ class Equivalence:
         for worker in self._all:
             worker.close()
 
-    def _one(self, pair: tuple[str, str]) -> bool:
+    def _one(self, pair: tuple[str, str]) -> Compared:
         worker = self._workers.get()
         try:
             return worker.compare(*pair)

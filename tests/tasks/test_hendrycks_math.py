@@ -3,13 +3,20 @@
 import json
 import os
 import signal
+import threading
+from dataclasses import replace
 
 import pytest
 
 from lora_one.errors import InputError
 from lora_one.tasks import create_task
 from lora_one.tasks.base import make_example
-from lora_one.tasks.math_answers import last_boxed, normalise, stated_answer
+from lora_one.tasks.math_answers import (
+    last_boxed,
+    same_notation,
+    same_spelling,
+    stated_answer,
+)
 from lora_one.tasks.math_equivalence import Equivalence
 
 STATED = {
@@ -45,34 +52,83 @@ def test_the_gold_answer_is_the_last_box_of_a_solution():
     assert last_boxed(r"First $\boxed{x}$. Then $\fbox{\text{(C)}}$.") == r"\text{(C)}"
 
 
-SAME_SPELLING = [
+SAME_NOTATION = [
     (r"\frac{1}{2}", r"\dfrac{1}{2}", r"\tfrac12", "1/2", r"\frac{1} {2}", r"$\frac{1}{2}$."),
-    ("1234", "1,234", "1{,}234", r"1\!,234", r"\$1,234", "1234.0", "x = 1234"),
+    ("1234", "1{,}234", r"1\!,234", r"1,\!234", "1234.0", r"1\,234"),
     ("(3,4)", r"\left(3, 4\right)", "( 3,\\ 4 )"),
+    ("(1234)", "(1{,}234)"),
     (r"\sqrt{2}", r"\sqrt2"),
-    ("90", r"90^\circ", r"90^{\circ}", r"90\%", r"90\text{ degrees}", r"90\text{ cm}^2"),
+    (r"90^\circ", r"90^{\circ}", r"90\degree"),
+    (r"90\text{ cm}^2", r"90 \mbox{cm}^2"),
+    (r"90\%", "90%"),
     ("0.5", ".5"),
     (r"\text{east}", "east"),
     ("-3", "\N{MINUS SIGN}3"),
+    ("2+3i", r"2 + 3\mathrm{i}"),
+    ("e^2", r"\mathrm{e}^2"),
+    ("3 1", r"3~\ 1", r"3\quad 1"),
+]
+# Forgiven by the strict comparison, and not settled by notation.
+SAME_SPELLING = [
+    ("1234", "1,234"),
+    ("1234567", "1,234,567"),
+    ("1234", r"\$1,234"),
+    ("1234", "x = 1234"),
+    (r"\frac{1}{2}", "x=1/2"),
+    ("0.5", "x = .5"),
+    ("90", r"90^\circ"),
+    ("90", r"90\%"),
+    ("90", r"90\text{ degrees}"),
+    (r"90^\circ", r"90\text{ degrees}"),
+    (r"90\%", r"90\text{ percent}"),
+    (r"\$5", r"5\text{ dollars}"),
+    ("90", r"90\text{ cm}^2"),
+    (r"90\text{ cm}^2", r"90\text{ cm}^{2}"),
+    (r"10\text{ p.m.}", r"10\text{ pm}"),
+    (r"1\text{ hours}", r"1\text{ hour}"),
 ]
 OTHER_SPELLING = [
     ("12", "21"),
     ("(1,234)", "(1,234,5)"),
+    ("(1,234)", "(1234)"),
+    ("[1,234]", "[1234]"),
+    (r"\{1,234\}", r"\{1234\}"),
     ("1,2", "12"),
+    ("1,2,345", "1,2345"),
     ("x+1", "1+x"),
     ("0.5", r"\frac{1}{2}"),
     ("3", "-3"),
+    ("3 1/2", "31/2"),
+    ("1  2", "12"),
+    (r"10\text{ am}", r"10\text{ pm}"),
+    (r"5\text{ m}", r"5\text{ km}"),
+    (r"5\text{ m}", r"5\text{ m}^2"),
+    (r"90^\circ", r"90\%"),
+    (r"\$5", r"5\text{ cents}"),
+    (r"2+3\mathrm{i}", "2+3"),
+    (r"2\text{e}", "2"),
+    ("x=5", "y=5"),
 ]
 
 
-@pytest.mark.parametrize("group", SAME_SPELLING, ids=lambda group: group[0])
-def test_spellings_of_one_answer_are_one(group):
-    assert len({normalise(text) for text in group}) == 1
+@pytest.mark.parametrize("group", SAME_NOTATION, ids=lambda group: group[0])
+def test_notations_of_one_answer_are_one(group):
+    assert all(same_notation(group[0], other) for other in group)
+    assert all(same_spelling(other, group[-1]) for other in group)
+
+
+@pytest.mark.parametrize(("one", "other"), SAME_SPELLING)
+def test_what_an_answer_leaves_out_is_forgiven_and_settles_nothing(one, other):
+    assert same_spelling(one, other)
+    assert same_spelling(other, one)
+    assert not same_notation(one, other)
 
 
 @pytest.mark.parametrize(("one", "other"), OTHER_SPELLING)
 def test_other_answers_stay_apart(one, other):
-    assert normalise(one) != normalise(other)
+    assert not same_spelling(one, other)
+    assert not same_spelling(other, one)
+    assert not same_notation(one, other)
 
 
 EQUAL = [
@@ -95,21 +151,54 @@ def equivalence():
 
 def test_answers_are_compared_as_mathematics(equivalence):
     handler = signal.getsignal(signal.SIGALRM)
-    assert equivalence.equal(EQUAL) == [True] * len(EQUAL)
-    assert equivalence.equal(UNEQUAL) == [False] * len(UNEQUAL)
+    assert equivalence.compare(EQUAL) == ["equal"] * len(EQUAL)
+    assert equivalence.compare(UNEQUAL) == ["unequal"] * len(UNEQUAL)
     assert signal.getsignal(signal.SIGALRM) is handler
 
 
-def test_a_comparison_without_end_is_unequal_and_the_next_one_is_made(equivalence, monkeypatch):
-    equivalence.equal([("1", "1")])  # the worker is up: only comparing is timed
-    power_tower = "10^{10^{10^{10}}}"
+POWER_TOWER = "10^{10^{10^{10}}}"
+
+
+def test_a_comparison_without_end_is_undecided_and_the_next_one_is_made(equivalence, monkeypatch):
+    equivalence.compare([("1", "1")])
     worker = equivalence._all[0]._process.pid
     with monkeypatch.context() as patience:
         patience.setattr("lora_one.tasks.math_equivalence.SECONDS_PER_PAIR", 0.5)
-        assert equivalence.equal([("5", power_tower)]) == [False]
+        assert equivalence.compare([("5", POWER_TOWER)]) == ["timeout"]
     with pytest.raises(ProcessLookupError):
         os.kill(worker, 0)
-    assert equivalence.equal([("2", "1+1"), ("2", "3")]) == [True, False]
+    assert equivalence.compare([("2", "1+1"), ("2", "3")]) == ["equal", "unequal"]
+
+
+def test_a_comparison_that_waits_for_a_busy_machine_is_made(equivalence, monkeypatch):
+    equivalence.compare([("1", "1")])
+    monkeypatch.setattr("lora_one.tasks.math_equivalence.SECONDS_PER_PAIR", 0.5)
+    worker = equivalence._all[0]._process.pid
+    os.kill(worker, signal.SIGSTOP)  # others have the processor
+    later = threading.Timer(1.5, os.kill, (worker, signal.SIGCONT))
+    later.start()
+    assert equivalence.compare([("2", "1+1")]) == ["equal"]
+    later.join()
+    assert equivalence._all[0]._process.pid == worker
+
+
+def test_a_worker_that_hangs_or_dies_leaves_its_pair_undecided(equivalence, monkeypatch):
+    equivalence.compare([("1", "1")])
+    os.kill(equivalence._all[0]._process.pid, signal.SIGKILL)
+    assert equivalence.compare([("2", "1+1")]) == ["crashed"]
+    equivalence.compare([("1", "1")])
+    with monkeypatch.context() as patience:
+        patience.setattr("lora_one.tasks.math_equivalence._WALL_SECONDS_PER_PAIR", 0.2)
+        os.kill(equivalence._all[0]._process.pid, signal.SIGSTOP)
+        assert equivalence.compare([("2", "1+1")]) == ["timeout"]
+    assert equivalence.compare([("2", "1+1")]) == ["equal"]
+
+
+def test_ranks_of_one_machine_share_its_cores(monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(4)), raising=False)
+    for ranks, workers in (("1", 4), ("2", 2), ("8", 1)):
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", ranks)
+        assert len(Equivalence()._all) == workers
 
 
 def _row(number, *, level="Level 3", subject="Number Theory", answer=None):
@@ -186,6 +275,47 @@ def test_both_scorers_and_the_accuracies_by_subject_and_level(folder):
     assert metrics["accuracy_subject_counting_and_probability"] == pytest.approx(2 / 3)
     assert metrics["accuracy_subject_number_theory"] == 1
     assert (metrics["accuracy_level_2"], metrics["accuracy_level_3"]) == (1, 0.5)
+
+
+def test_undecided_comparisons_are_told_from_wrong_ones_and_counted(folder, monkeypatch):
+    task = create_task("math", path=folder)
+    examples = task.load("test")[:2]
+    monkeypatch.setattr("lora_one.tasks.math_equivalence.SECONDS_PER_PAIR", 0.5)
+    verdicts = task.judge([f"\\boxed{{{POWER_TOWER}}}", r"\boxed{77}"], examples)
+    assert verdicts[0]["math_verify"] == {
+        "parsed": POWER_TOWER,
+        "correct": False,
+        "compared": "timeout",
+    }
+    assert verdicts[1]["math_verify"] == {"parsed": "77", "correct": False}
+    rows = [{"row_id": e.row_id, "scores": v} for e, v in zip(examples, verdicts, strict=True)]
+    metrics = task.summarise(rows)
+    assert (metrics["accuracy"], metrics["undecided_timeout"]) == (0, 1)
+    assert "undecided_timeout" not in task.summarise(rows[1:])
+
+
+def test_math500_from_a_folder_is_500_rows_or_an_error(tmp_path):
+    file = tmp_path / "test.jsonl"
+    for count in (499, 501):
+        file.write_text("\n".join(json.dumps(_row(number)) for number in range(count)))
+        with pytest.raises(InputError, match=rf"has {count} rows, not 500.*test_set=full"):
+            create_task("math", path=tmp_path, test_set="math500").load("test")
+    file.write_text("\n".join(json.dumps(_row(number)) for number in range(500)))
+    assert len(create_task("math", path=tmp_path, test_set="math500").load("test")) == 500
+
+
+def test_what_spelling_forgives_is_for_math_verify_to_decide(folder):
+    task = create_task("math", path=folder)
+    example = task.load("test")[0]
+    for gold, reply, correct in (
+        ("1234", "1,234", True),
+        (r"2+3\mathrm{i}", "2+3i", True),
+        ("2+3", r"2+3\mathrm{i}", False),
+        ("(1234)", "(1,234)", False),
+        ("x=5", "y=5", False),
+    ):
+        verdict = task.score(f"\\boxed{{{reply}}}", replace(example, reference=gold))
+        assert verdict["math_verify"]["correct"] is correct, (gold, reply)
 
 
 def test_what_is_missing_is_named(tmp_path):
