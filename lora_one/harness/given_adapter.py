@@ -20,11 +20,13 @@ class GivenAdapter:
         path: The folder.
         base: The base model that it was made for, as it says; None where it does not.
         kind: PEFT's type, ``LORA`` for example.
+        task_type: PEFT's word for the architecture, ``SEQ_CLS`` for example; None where not said.
     """
 
     path: Path
     base: str | None
     kind: str
+    task_type: str | None
 
     @cached_property
     def sha256(self) -> str:
@@ -54,4 +56,4 @@ def read_adapter(path: str | Path) -> GivenAdapter:
         kind, base = settings["peft_type"], settings.get("base_model_name_or_path")
     except (json.JSONDecodeError, KeyError, TypeError) as error:
         raise InputError(f"evaluate.adapter={path}: {SETTINGS} cannot be read: {error!r}") from None
-    return GivenAdapter(folder, base or None, kind)
+    return GivenAdapter(folder, base or None, kind, settings.get("task_type"))

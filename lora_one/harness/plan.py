@@ -15,6 +15,7 @@ from lora_one.harness.data import Batch, Data, init_batches, load_data
 from lora_one.harness.evaluation import check_engine
 from lora_one.harness.given_adapter import WEIGHTS, GivenAdapter, read_adapter
 from lora_one.harness.models import (
+    TASK_TYPES,
     Base,
     adapter_config,
     check_rank,
@@ -119,6 +120,14 @@ def match_adapter(
     """
     if given.kind != "LORA":
         raise InputError(f"evaluate.adapter={given.path}: a {given.kind} adapter; expected LORA.")
+    if given.task_type not in (None, TASK_TYPES[base.architecture].value):
+        types = {"CAUSAL_LM": "CausalLM", "SEQ_2_SEQ_LM": "ConditionalGeneration"}
+        needed = {**types, "SEQ_CLS": "SequenceClassification"}.get(given.task_type)
+        raise InputError(
+            f"evaluate.adapter={given.path} is for {given.task_type}, and model.name={name} is "
+            f"loaded as {TASK_TYPES[base.architecture].value}."
+            + (f" Add model.type={needed}." if needed else "")
+        )
     adapter = PeftConfig.from_pretrained(given.path)
     # On a skeleton there is no weight to start from, and the start is overwritten anyway.
     adapter.init_lora_weights = False

@@ -105,7 +105,8 @@ def translate(overrides: Sequence[str]) -> tuple[list[str], list[str]]:
         notes.append(f"dataset_name={named[-1]} without a model means model={model}, as published")
     adapter = keys.get("evaluate.adapter", "null")
     if adapter != "null" and not any(key.partition(".")[0] == "model" for key in keys):
-        base = read_adapter(adapter).base
+        given = read_adapter(adapter)
+        base = given.base
         if base is None:
             raise InputError(
                 f"evaluate.adapter={adapter} does not say which base model it is for: add "
@@ -114,6 +115,9 @@ def translate(overrides: Sequence[str]) -> tuple[list[str], list[str]]:
         quoted = base.replace("'", "\\'")
         kept.append(f"model.name='{quoted}'")
         notes.append(f"evaluate.adapter without a model means its own base, model.name={base}")
+        if given.task_type == "SEQ_CLS":
+            kept.append("model.type=SequenceClassification")
+            notes.append("the adapter has a head, so model.type=SequenceClassification")
     if keys.get("wandb.name", "null") != "null" and "tracking" not in keys:
         kept.append("tracking=wandb")
         notes.append("wandb.name is given, so tracking=wandb")

@@ -119,6 +119,11 @@ def train(config: Config, plan: Plan, model: Any, record: RunRecord, tracker: Tr
         f"train: {schedule.total_steps} steps of {settings.per_device_batch_size} rows x "
         f"{schedule.accumulation} accumulation x {world_size()} ranks = {settings.real_batch_size}"
     )
+    if schedule.warmup_steps >= schedule.total_steps:
+        say(
+            f"warning: all {schedule.total_steps} steps lie in the warm-up of "
+            f"{schedule.warmup_steps}, whose first step has rate 0; lower model.warmup_steps"
+        )
     facts = training.train(
         config,
         model,

@@ -32,6 +32,7 @@ class Schedule:
     steps_per_epoch: int
     total_steps: int
     eval_every: int
+    warmup_steps: int
 
 
 def plan_steps(model: ModelConfig, rows: int) -> Schedule:
@@ -53,7 +54,9 @@ def plan_steps(model: ModelConfig, rows: int) -> Schedule:
     if model.max_steps is not None:
         total = min(total, model.max_steps)
     eval_every = max(1, round(model.eval_epochs * steps_per_epoch))
-    return Schedule(accumulation, steps_per_epoch, total, eval_every)
+    share = model.warmup_steps < 1
+    warmup = math.ceil(total * model.warmup_steps) if share else int(model.warmup_steps)
+    return Schedule(accumulation, steps_per_epoch, total, eval_every, warmup)
 
 
 def train(
@@ -121,7 +124,7 @@ def _arguments(config: Config, schedule: Schedule, folder: str) -> TrainingArgum
         max_steps=schedule.total_steps,
         learning_rate=model.learning_rate,
         lr_scheduler_type=model.schedule,
-        warmup_steps=model.warmup_steps,
+        warmup_steps=schedule.warmup_steps,
         max_grad_norm=model.max_grad_norm or 0.0,
         logging_steps=model.logging_steps,
         logging_first_step=True,

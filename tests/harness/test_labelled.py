@@ -10,6 +10,7 @@ from peft import PeftModel
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from lora_one.errors import InputError
+from lora_one.harness.published import translate
 from lora_one.tasks import create_task
 
 DATA = Path(__file__).resolve().parents[3] / "shared" / "data"
@@ -250,6 +251,13 @@ def test_a_trained_head_is_evaluated_again_from_its_adapter(settings, run, rober
         assert one["choice_log_probabilities"] == pytest.approx(
             other["choice_log_probabilities"], abs=1e-4
         )
+    translated, _ = translate([f"evaluate.adapter={adapter}"])
+    assert "model.type=SequenceClassification" in translated
+    as_text = settings(
+        roberta_folder, pairs / "rte", *given, "model.type=CausalLM", f"evaluate.adapter={adapter}"
+    )
+    with pytest.raises(InputError, match=r"SEQ_CLS.*Add model.type=SequenceClassification"):
+        run(as_text)
 
 
 def test_a_head_of_another_size_is_refused(settings, run, roberta_folder, pairs, tmp_path):
