@@ -1,19 +1,16 @@
-"""Overwrite the gradients of LoRA pairs: stacked on a GPU, side by side on the cores of a CPU."""
+"""Overwrite the gradients of LoRA pairs: stacked on a GPU, one after the other on a CPU."""
 
 from collections import defaultdict
-from functools import partial
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lora_one.cores import cores, map_on_cores
 from lora_one.numerics.preconditioner import damped_inverse, precondition
 
 Pair = tuple[nn.Parameter, nn.Parameter]
-
-SMALLEST_SHARED = 2**20
-"""Parameters below which handing a share to another thread costs more than it saves."""
 
 
 @torch.no_grad()
@@ -23,9 +20,7 @@ def precondition_pairs(pairs: list[Pair], reg: float, *, relative: bool = False)
     A pair with one gradient missing has the other one preconditioned; a pair without gradients
     is left alone. On a GPU all pairs of one shape are stacked, because launching a kernel costs
     more than copying them, and nothing waits for the device. On a CPU stacking costs more than
-    all the rest, so each gradient is multiplied where it lies, and a second core helps only as a
-    second thread with pairs of its own: the products are too small to be shared. The numbers do
-    not depend on how many threads there are.
+    all the rest, so each gradient is multiplied where it lies, on one core.
     """
     groups: dict[tuple[Any, ...], list[Pair]] = defaultdict(list)
     for A, B in pairs:
@@ -36,8 +31,11 @@ def precondition_pairs(pairs: list[Pair], reg: float, *, relative: bool = False)
         else:
             groups[False, A.shape, B.shape, A.dtype, B.dtype, A.device].append((A, B))
     for (on_cpu, *_), group in groups.items():
-        method = _precondition_side_by_side if on_cpu else _precondition_stacked
-        method(group, reg, relative)
+        if on_cpu:
+            with _one_core():
+                _precondition_one_by_one(group, reg, relative)
+        else:
+            _precondition_stacked(group, reg, relative)
 
 
 def _precondition_stacked(group: list[Pair], reg: float, relative: bool) -> None:
@@ -58,11 +56,15 @@ def _precondition_stacked(group: list[Pair], reg: float, relative: bool) -> None
     torch._foreach_copy_([old for old, _ in present], [new for _, new in present])
 
 
-def _precondition_side_by_side(group: list[Pair], reg: float, relative: bool) -> None:
-    numbers = sum(A.numel() + B.numel() for A, B in group)
-    shares = cores() if numbers >= SMALLEST_SHARED else 1
-    work = partial(_precondition_one_by_one, reg=reg, relative=relative)
-    map_on_cores(work, [group[start::shares] for start in range(shares)])
+@contextmanager
+def _one_core() -> Iterator[None]:
+    """Let PyTorch use one core: products this small cost more to share than to do."""
+    cores = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(cores)
 
 
 def _precondition_one_by_one(group: list[Pair], reg: float, relative: bool) -> None:

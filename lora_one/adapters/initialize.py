@@ -2,9 +2,8 @@
 
 import math
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -24,16 +23,12 @@ from lora_one.adapters.write import (
     layer_report,
     start_adapter,
 )
-from lora_one.cores import cores, map_on_cores
 from lora_one.errors import InputError, nearest
 from lora_one.gradients.estimate import check_finite
 from lora_one.gradients.stream import agreed_batches, mean_loss, stream_gradients
 from lora_one.gradients.tokens import Batch
 from lora_one.layers import AdaptedLayer, adapted_layers, check_adapter, other_adapted
 from lora_one.numerics.factors import Factors
-
-LARGEST_ON_ONE_CORE = 2**21
-"""Numbers in a gradient up to which cores do more with one each than sharing it."""
 
 
 def initialize(
@@ -110,17 +105,11 @@ def initialize(
     starts: dict[str, Factors] = {}
     reports: dict[str, LayerReport] = {}
     by_name = {layer.name: layer for layer in layers}
-    waiting: list[tuple[AdaptedLayer, Tensor | None]] = []
 
     def decompose(name: str, gradient: Tensor | None) -> None:
-        waiting.append((by_name[name], gradient))
-        if len(waiting) >= _side_by_side(gradient):
-            decompose_waiting()
-
-    def decompose_waiting() -> None:
-        for layer, start in _starts(waiting, options, report):
-            starts[layer.name], reports[layer.name] = start
-        waiting.clear()
+        start = _start(by_name[name], options, gradient, report)
+        if start is not None:
+            starts[name], reports[name] = start
 
     if options.spec.needs == "gradient":
         sweep = stream_gradients(
@@ -142,7 +131,6 @@ def initialize(
             )
         for name in by_name:
             decompose(name, None)
-    decompose_waiting()
     starts = _agreed(starts)
     if auto:
         gamma = search_gamma(peft_model, layers, starts, batches, report, train, seed)
@@ -211,7 +199,8 @@ def initialize_adapters(
     starts, reports = {}, {}
     for layer in layers:
         gradient = gradients[layer.name].to(layer.A.device) if needs_gradient else None
-        for _, start in _starts([(layer, gradient)], options, report):
+        start = _start(layer, options, gradient, report)
+        if start is not None:
             starts[layer.name], reports[layer.name] = start
     starts = _agreed(starts)
     _finish(peft_model, layers, starts, options, report, reports)
@@ -249,35 +238,10 @@ def _prepare(
     return layers, report
 
 
-def _side_by_side(gradient: Tensor | None) -> int:
-    """Return how many gradients to decompose together: on a CPU, small ones have a core each."""
-    if gradient is None or gradient.device.type != "cpu" or gradient.numel() > LARGEST_ON_ONE_CORE:
-        return 1
-    return cores()
-
-
-def _starts(
-    waiting: Sequence[tuple[AdaptedLayer, Tensor | None]], options: Options, report: InitReport
-) -> Iterator[tuple[AdaptedLayer, tuple[Factors, LayerReport]]]:
-    """Yield the factors and report of every layer whose gradient is not zero."""
-    work = partial(_start, options)
-    together = len(waiting) > 1
-    results = map_on_cores(work, waiting) if together else [work(item) for item in waiting]
-    for (layer, _), start in zip(waiting, results, strict=True):
-        if start is None:
-            report.left_to_peft.append(layer.name)
-            report.warnings.append(
-                f"the gradient of '{layer.name}' is zero; the layer keeps PEFT's own start."
-            )
-            continue
-        yield layer, start
-
-
 def _agreed(starts: dict[str, Factors]) -> dict[str, Factors]:
     """Return rank 0's factors: equal gradients should give equal ones, this makes it certain.
 
-    Not before all layers are done: ranks with different numbers of cores finish them in different
-    portions, and collective operations need the same order everywhere.
+    Once all layers are done, because collective operations need the same order on every rank.
     """
     if not (dist.is_available() and dist.is_initialized()):
         return starts
@@ -291,10 +255,9 @@ def _agreed(starts: dict[str, Factors]) -> dict[str, Factors]:
 
 
 def _start(
-    options: Options, item: tuple[AdaptedLayer, Tensor | None]
+    layer: AdaptedLayer, options: Options, gradient: Tensor | None, report: InitReport
 ) -> tuple[Factors, LayerReport] | None:
     """Return a layer's factors and report, or None if its gradient is zero."""
-    layer, gradient = item
     norm = None
     if gradient is not None:
         norm = float(gradient.norm())  # one pass tells zero from finite from the rest
@@ -302,6 +265,10 @@ def _start(
             check_finite(layer.name, gradient)
             norm = float(gradient.double().norm())
         if norm == 0:
+            report.left_to_peft.append(layer.name)
+            report.warnings.append(
+                f"the gradient of '{layer.name}' is zero; the layer keeps PEFT's own start."
+            )
             return None
     factors = compute_factors(layer, options, gradient)
     return factors, layer_report(layer, factors, norm)
