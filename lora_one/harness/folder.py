@@ -90,7 +90,7 @@ def _model_slug(name: str) -> str:
 def read_record(folder: Path) -> dict[str, Any] | None:
     """Return the folder's ``run.json``, or None where there is none that can be read."""
     try:
-        return json.loads((folder / "run.json").read_text())
+        return json.loads((folder / "run.json").read_text(encoding="utf-8"))
     except (OSError, json.JSONDecodeError):
         return None
 
@@ -110,10 +110,10 @@ def finished_record(config: Config) -> dict[str, Any] | None:
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Write a file so that it is there either whole or not at all."""
+    """Write a file, in UTF-8, so that it is there either whole or not at all."""
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
-        with os.fdopen(handle, "w") as file:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
