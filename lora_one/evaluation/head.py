@@ -14,6 +14,7 @@ from torch import nn
 
 from lora_one.errors import InputError
 from lora_one.evaluation.batching import BatchSize, choice_rows
+from lora_one.evaluation.context import context_of
 from lora_one.evaluation.engines import Decoding
 from lora_one.evaluation.generation import OnReplies, Reply
 from lora_one.evaluation.mode import evaluation_mode, input_device
@@ -37,7 +38,7 @@ def head_outputs(
         The logits of each row; an empty list for a row that is longer than the model can read.
     """
     rows = encode_texts(texts, tokenizer)
-    longest = longest_input(model, tokenizer)
+    longest = context_of(model.config, "classification", tokenizer)
     fitting = [place for place, row in enumerate(rows) if len(row["input_ids"]) <= longest]
     fitting.sort(key=lambda place: -len(rows[place]["input_ids"]))
     collate = Collator(padding_id(tokenizer), "classification")
@@ -52,21 +53,6 @@ def head_outputs(
             for place, logits in zip(places, model(**inputs).logits.float(), strict=True):
                 outputs[place] = logits.tolist()
     return outputs
-
-
-def longest_input(model: nn.Module, tokenizer: Any) -> int:
-    """Return how many tokens an encoder can read.
-
-    RoBERTa and its relatives number positions from their padding id + 1, so that many of the
-    positions in ``config.max_position_embeddings`` are no token's.
-    """
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    positions = getattr(base.config, "max_position_embeddings", None) or tokenizer.model_max_length
-    for name, module in base.named_modules():
-        if name.endswith("position_embeddings") and isinstance(module, nn.Embedding):
-            offset = 0 if module.padding_idx is None else module.padding_idx + 1
-            positions = min(positions, module.num_embeddings - offset)
-    return min(positions, tokenizer.model_max_length)
 
 
 def refuse_sampling(decoding: Decoding) -> None:

@@ -15,6 +15,7 @@ from torch import nn
 from tqdm import tqdm
 
 from lora_one.errors import InputError
+from lora_one.evaluation.context import context_of
 from lora_one.evaluation.engines import Decoding, Engine, TransformersEngine
 from lora_one.evaluation.evaluate import (
     EvaluationResult,
@@ -153,7 +154,7 @@ def make_engine(config: Config, plan: "Plan", model: nn.Module, folder: Path) ->
         dtype=dtype,
         revision=config.model.revision,
         trust_remote_code=config.model.trust_remote_code,
-        context=getattr(plan.base.config.get_text_config(), "max_position_embeddings", None),
+        context=context_of(plan.base.config, "causal", plan.tokenizer),
     )
 
 

@@ -13,9 +13,10 @@ from transformers import (
 )
 
 from lora_one.errors import InputError
+from lora_one.evaluation.context import context_of
 from lora_one.evaluation.engines import Decoding
 from lora_one.evaluation.evaluate import answer, plan_jobs, summarise
-from lora_one.evaluation.head import HeadEngine, head_outputs, longest_input
+from lora_one.evaluation.head import HeadEngine, head_outputs
 from lora_one.evaluation.sampling import Sampling
 from lora_one.tasks import create_task
 from lora_one.tasks.base import make_example
@@ -57,7 +58,7 @@ def test_outputs_are_the_models_own_at_every_batch_size(case, batch_size):
 def test_a_model_reads_as_many_tokens_as_it_has_positions_for(case):
     """RoBERTa's two extra positions are no token's: one token more would be an index error."""
     model, tokenizer = case
-    longest = longest_input(model, tokenizer)
+    longest = context_of(model.config, "classification", tokenizer)
     assert longest == POSITIONS
     ids = torch.full((1, longest), 5)
     model(input_ids=ids)
