@@ -27,6 +27,7 @@ from transformers import GenerationConfig, LogitsProcessorList
 from lora_one.errors import InputError
 from lora_one.evaluation.batching import AUTO, Batches, BatchSize
 from lora_one.evaluation.context import context_of, room_for_reply
+from lora_one.evaluation.finite import RequireNumbers
 from lora_one.evaluation.mode import evaluation_mode, input_device
 from lora_one.evaluation.sampling import Sampling, sampler
 from lora_one.tasks.encoding import Architecture, encode_prompts, padding_id
@@ -82,12 +83,14 @@ def generate_replies(
             empty one with stop reason ``length``.
         stop_strings: A reply ends where the first of these begins.
         sampling: None decodes greedily.
-        keys: What each reply's random numbers are seeded with; needed with ``sampling``.
+        keys: What each reply's random numbers are seeded with; needed with ``sampling``. They
+            also name the replies in error messages.
         on_replies: Called after every batch.
 
     Raises:
         InputError: ``batch_size`` or ``max_new_tokens`` below 1, an unknown architecture, or
             sampling without a key for every prompt.
+        NonFiniteError: The model's logits are NaN.
     """
     _check(architecture, batch_size, max_new_tokens)
     if sampling is not None and len(keys or ()) != len(prompts):
@@ -121,14 +124,20 @@ def generate_replies(
     def ended(ids: list[int]) -> bool:
         return make_reply(tokenizer, ids, eos, stop_strings).stop_reason != "length"
 
+    def named(batch: Sequence[int]) -> tuple[list[str], list[int]]:
+        names = [f"prompt {i}" if keys is None else f"reply {keys[i]}" for i in batch]
+        return names, [limits[index] for index in batch]
+
     def decode_once(batch: Sequence[int], limit: int) -> list[list[int]]:
         inputs = _pad([prompt_ids[index] for index in batch], pad, architecture)
-        draws = None if sampling is None else sampler(sampling, [keys[i] for i in batch], limit)
+        processors = LogitsProcessorList([RequireNumbers(*named(batch), [*eos, pad])])
+        if sampling is not None:
+            processors.append(sampler(sampling, [keys[index] for index in batch], limit))
         output = model.generate(
             **{name: tensor.to(input_device(model)) for name, tensor in inputs.items()},
             max_new_tokens=limit,
             tokenizer=tokenizer if stop_strings else None,
-            logits_processor=LogitsProcessorList([] if draws is None else [draws]),
+            logits_processor=processors,
         )
         # A causal model repeats the prompt, an encoder-decoder the start token.
         skipped = inputs["input_ids"].shape[1] if architecture == "causal" else 1

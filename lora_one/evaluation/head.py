@@ -16,6 +16,7 @@ from lora_one.errors import InputError
 from lora_one.evaluation.batching import BatchSize, choice_rows
 from lora_one.evaluation.context import context_of
 from lora_one.evaluation.engines import Decoding
+from lora_one.evaluation.finite import require_numbers
 from lora_one.evaluation.generation import OnReplies, Reply
 from lora_one.evaluation.mode import evaluation_mode, input_device
 from lora_one.tasks.base import Example, Task
@@ -92,6 +93,7 @@ class HeadEngine:
 
         Raises:
             InputError: The rows are no classification, or are to be sampled.
+            NonFiniteError: The head gives NaN.
         """
         require_texts(examples)
         refuse_sampling(decoding)
@@ -100,6 +102,8 @@ class HeadEngine:
             part = examples[start : start + self._batch_size]
             texts = [example.texts for example in part]
             outputs = head_outputs(self._model, self._tokenizer, texts, batch_size=self._batch_size)
+            for example, logits in zip(part, outputs, strict=True):
+                require_numbers(logits, example.row_id)
             self._outputs.update(zip([e.row_id for e in part], outputs, strict=True))
             made = [self._reply(logits) for logits in outputs]
             on_replies(range(start, start + len(part)), made)

@@ -5,7 +5,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
-from lora_one.errors import InputError
+from lora_one.errors import InputError, NonFiniteError
 from lora_one.evaluation import Sampling, generate_replies
 
 TOKENS = 20
@@ -238,6 +238,35 @@ def test_a_nearly_full_prompt_takes_no_room_from_the_others(
             greedy_one_at_a_time(model, llama_tokenizer, prompt, reply.tokens)
             for prompt, reply in zip(prompts, alone, strict=True)
         ]
+
+
+@pytest.mark.parametrize("sampling", [None, Sampling(temperature=1.0)])
+@pytest.mark.parametrize("architecture", ["causal", "seq2seq"])
+def test_logits_that_are_no_numbers_are_no_reply(request, prompts, architecture, sampling):
+    """Their argmax would be token 0, or the first token that is not a number."""
+    name = "llama" if architecture == "causal" else "t5"
+    model, tokenizer = request.getfixturevalue(name), request.getfixturevalue(f"{name}_tokenizer")
+    options = {"sampling": sampling, "keys": [f"test/{n}" for n in range(len(prompts))]}
+    # Only the first prompt, the longest by far, has this letter.
+    prompts = ["Z" * 90, *prompts[1:]]
+    place = tokenizer.convert_tokens_to_ids("Z")
+    model.get_input_embeddings().weight.data[place] = torch.nan
+    for batch_size in (1, 8):
+        with pytest.raises(NonFiniteError, match=r"reply test/0: .* for token 1 of the reply"):
+            _generate(model, tokenizer, prompts, architecture, batch_size, **options)
+    with pytest.raises(NonFiniteError, match=r"^prompt 0:"):
+        _generate(model, tokenizer, prompts, architecture)
+
+
+def test_what_comes_after_the_end_of_a_reply_need_not_be_a_number(
+    llama, llama_tokenizer, prompts, llama_texts
+):
+    """A row that has ended is decoded as long as others go on; nobody reads what comes out."""
+    _end_replies_at_a_common_letter(llama, llama_tokenizer, llama_texts)
+    expected = _generate(llama, llama_tokenizer, prompts)
+    llama.get_input_embeddings().weight.data[0] = torch.nan  # the padding id, fed to ended rows
+    assert len({reply.tokens for reply in expected}) > 2
+    assert _generate(llama, llama_tokenizer, prompts, batch_size=1) == expected
 
 
 def test_every_batch_is_handed_over_as_it_is_made(llama, llama_tokenizer, prompts):

@@ -12,7 +12,7 @@ from transformers import (
     RobertaForSequenceClassification,
 )
 
-from lora_one.errors import InputError
+from lora_one.errors import InputError, NonFiniteError
 from lora_one.evaluation.context import context_of
 from lora_one.evaluation.engines import Decoding
 from lora_one.evaluation.evaluate import answer, plan_jobs, summarise
@@ -131,3 +131,16 @@ def test_what_a_head_cannot_do_is_said(case):
     gsm8k = [make_example("test", 0, "Q", "A", "1")]
     with pytest.raises(InputError, match="needs a benchmark with labels"):
         engine.reply(gsm8k, ["k"], Decoding(8), print)
+
+
+@pytest.mark.parametrize("dataset", ["mnli", "stsb"])
+def test_outputs_that_are_no_numbers_are_no_reply(dataset):
+    """A NaN would be the first class, or a score at an end of the scale."""
+    task = create_task(dataset)
+    tokenizer = bert_tokenizer([SENTENCE])
+    model = _model("bert", tokenizer, len(task.labels) or 1)
+    model.classifier.weight.data.fill_(math.nan)
+    examples = _examples(task, task.labels)
+    engine = HeadEngine(model, tokenizer, task, 4)
+    with pytest.raises(NonFiniteError, match=f"row {examples[0].row_id}: the model gives"):
+        answer(engine, task, plan_jobs(examples), Decoding(8))
