@@ -23,6 +23,7 @@ from lora_one.evaluation.evaluate import (
     Key,
     Row,
     answer,
+    judge_again,
     plan_jobs,
     row_key,
     summarise,
@@ -48,8 +49,8 @@ def evaluate(
 ) -> tuple[EvaluationResult, dict[str, Any]]:
     """Answer and score the test rows, on all ranks; the result is the same on each.
 
-    Rows that an earlier attempt made with the same weights and settings are kept, and only the
-    others are made.
+    Replies that an earlier attempt made with the same weights and settings are kept, and only the
+    others are made. Kept ones are judged again: the scorer may have changed in between.
 
     Args:
         config: The run.
@@ -71,6 +72,9 @@ def evaluate(
         wanted = {job.key for job in jobs}
         done = [row for row in recover(folder, fingerprint, say) if row_key(row) in wanted]
     fingerprint, done = _from_main((fingerprint, done))
+    if done and score:
+        examples = {job.example.row_id: job.example for job in jobs}
+        done = _gather(judge_again(task, done[rank() :: world_size()], examples))
     recovered = {row_key(row): row for row in done}
     todo = [job for job in jobs if job.key not in recovered]
     if done:
@@ -170,7 +174,9 @@ def _from_main(value: Any) -> Any:
 def fingerprint_of(
     config: Config, plan: "Plan", model: nn.Module, decoding: Decoding, base_weights: str | None
 ) -> str:
-    """Hash what a reply depends on: settings, scorers and weights.
+    """Hash what a reply, or a comparison of choices, depends on: settings and weights.
+
+    Verdicts are no part of it, since replies that are found again are judged again.
 
     Of a PEFT model the adapter's weights are read, and ``base_weights`` stands for the others.
     """
@@ -182,8 +188,7 @@ def fingerprint_of(
         "decoding": asdict(decoding),
         "engine": config.evaluation.engine,
         "dtype": str(base_dtype(config)),
-        "judged": not config.evaluation.generate_only,
-        "scorers": plan.data.task.scorers,
+        "choices": [example.choices for example in plan.data.test],
         "template": asdict(plan.data.task.template),
         "base": base_weights,
     }

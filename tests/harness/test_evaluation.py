@@ -270,6 +270,25 @@ def test_replies_of_other_weights_are_made_again(
     )
 
 
+def test_replies_found_again_are_judged_by_the_present_scorer(
+    small, run, folder_of, monkeypatch, count_prompts
+):
+    config = small("train=none", "init=lora", "evaluation.batch_size=2")
+    revive = _kill_after(monkeypatch, 2)
+    with pytest.raises(Killed):
+        run(config)
+    revive()
+    repaired = {"parsed": "1", "correct": True}
+    names = Arithmetic.scorers
+    monkeypatch.setattr(Arithmetic, "score", lambda *_: dict.fromkeys(names, repaired))
+    count_prompts.clear()
+    assert run(config)["metrics"]["accuracy"] == 1.0
+    assert len(count_prompts[0]) == 2
+    assert all(
+        row["scores"] == dict.fromkeys(names, repaired) for row in predictions(folder_of(config))
+    )
+
+
 class Programs(Arithmetic):
     """A benchmark whose replies would be run."""
 
