@@ -60,7 +60,8 @@ def evaluate(
         base_weights: Identifies the base model's weights.
 
     Returns:
-        The result, and facts for the record: fingerprint, replies that were there already, ranks.
+        The result, and facts for the record: fingerprint, hash of the replies, how many were there
+        already, ranks.
     """
     start = time.perf_counter()
     task, score = plan.data.task, not config.evaluation.generate_only
@@ -93,7 +94,12 @@ def evaluate(
     rows = _in_order(jobs, [*done, *_gather(made)])
     seconds = time.perf_counter() - start
     timing = {"seconds": seconds, "answers_per_second": len(todo) / seconds}
-    facts = {"fingerprint": fingerprint, "recovered": len(done), "ranks": world_size()}
+    facts = {
+        "fingerprint": fingerprint,
+        "replies_sha256": _hash_replies(rows),
+        "recovered": len(done),
+        "ranks": world_size(),
+    }
     return EvaluationResult(summarise(task, rows, score=score) | timing, rows), facts
 
 
@@ -198,6 +204,12 @@ def fingerprint_of(
         values = tensor.detach().cpu().contiguous().view(-1)
         digest.update(values.view(torch.uint8).numpy())
     return digest.hexdigest()
+
+
+def _hash_replies(rows: Sequence[Row]) -> str:
+    """Tell replies apart: the table of runs shows the same ones once."""
+    replies = [[row["row_id"], row["sample"], row["reply"]] for row in rows]
+    return hashlib.sha256(json.dumps(replies).encode()).hexdigest()
 
 
 def _share(todo: Sequence[Job]) -> list[Job]:
