@@ -4,7 +4,8 @@
 keys and values of all layers. The budget is half of the memory that is free on a GPU and 1 GiB on
 a CPU; at most 256 rows on a GPU and 128 on a CPU, where more are no faster. Batches come longest
 first, so that later ones take more rows. What a GPU cannot hold nevertheless is tried again with
-half the rows, and so are all batches after it.
+half the rows, and so are all batches after it. A model whose config names no attention heads, such
+as Mamba, keeps something else than keys and values, which is not known here: it gets 16 rows.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -23,6 +24,7 @@ CPU_BUDGET = 1 << 30
 MOST_ROWS = {"cpu": 128, "cuda": 256}
 SHARE_OF_FREE_MEMORY = 0.5
 CHOICE_ROWS = 16
+ROWS_WITHOUT_HEADS = 16
 
 
 class Batches:
@@ -79,18 +81,25 @@ class Batches:
     def _rows(self, length: int) -> int:
         if self._fixed is not None:
             return self._fixed
-        fitting = self._budget // (length * bytes_per_token(self._model))
+        needed = bytes_per_token(self._model)
+        if needed is None:
+            return min(self._most, ROWS_WITHOUT_HEADS)
+        fitting = self._budget // (length * needed)
         return max(1, min(self._most, fitting))
 
 
-def bytes_per_token(model: nn.Module) -> int:
+def bytes_per_token(model: nn.Module) -> int | None:
     """Return the bytes of keys and values that one token of one row takes in all layers.
+
+    None for a model without attention heads.
 
     An encoder-decoder keeps keys and values of its own tokens and of the source's: each token is
     one or the other, so the count is the same.
     """
     config = model.config.get_text_config(decoder=True)
-    heads = config.num_attention_heads
+    heads = getattr(config, "num_attention_heads", None)
+    if heads is None:
+        return None
     width = getattr(config, "head_dim", None) or getattr(config, "d_kv", None)
     width = width or config.hidden_size // heads
     shared = getattr(config, "num_key_value_heads", None) or heads

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_one.errors import InputError
+from lora_one.evaluation.context import context_of
 from lora_one.evaluation.mode import evaluation_mode, input_device
 from lora_one.tasks.encoding import (
     IGNORED,
@@ -76,8 +77,7 @@ def choice_log_probabilities(
 
     Returns:
         For each prompt the log-probabilities in nats, in the order of its choices; an empty list
-        where prompt and choices do not fit into a causal model's context
-        (``config.max_position_embeddings``).
+        where prompt and choices do not fit into the model's context.
 
     Raises:
         InputError: ``batch_size`` below 1, another architecture, prompts and choices of different
@@ -94,7 +94,8 @@ def choice_log_probabilities(
     ids = _choice_ids(tokenizer, choices)
     prompt_ids = encode_prompts(prompts, tokenizer, architecture=architecture)
     jobs = [job for row in range(len(prompts)) for job in _jobs(row, prompt_ids[row], ids[row])]
-    jobs = _that_fit(model, jobs, architecture)
+    context = context_of(model.config, architecture, tokenizer)
+    jobs = _that_fit(context, jobs, architecture)
     # Longest first: a batch size that does not fit fails at once instead of at the end.
     jobs.sort(key=lambda job: -job.length)
     found: list[dict[Ids, float]] = [{} for _ in prompts]
@@ -146,12 +147,16 @@ def _begins(shorter: Ids, longer: Ids) -> bool:
     return longer[: len(shorter)] == shorter
 
 
-def _that_fit(model: nn.Module, jobs: list[_Job], architecture: Architecture) -> list[_Job]:
-    """Leave out all jobs of a row of which one is longer than a causal model's context."""
-    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if architecture == "seq2seq" or context is None:
+def _that_fit(context: int | None, jobs: list[_Job], architecture: Architecture) -> list[_Job]:
+    """Leave out all jobs of a row of which one is longer than the model can read."""
+    if context is None:
         return jobs
-    too_long = {job.row for job in jobs if job.length > context}
+
+    def read_at_once(job: _Job) -> int:
+        # An encoder and a decoder read apart; the decoder reads the start token as well.
+        return job.length if architecture == "causal" else max(len(job.prompt), len(job.stem) + 1)
+
+    too_long = {job.row for job in jobs if read_at_once(job) > context}
     return [job for job in jobs if job.row not in too_long]
 
 

@@ -10,6 +10,7 @@ from torch import nn
 from lora_one.errors import InputError
 from lora_one.evaluation.batching import BatchSize
 from lora_one.evaluation.engines import Decoding, Engine, TransformersEngine
+from lora_one.evaluation.finite import require_numbers
 from lora_one.evaluation.generation import Reply
 from lora_one.evaluation.sampling import Sampling
 from lora_one.tasks.base import Example, Task, Verdict
@@ -92,6 +93,9 @@ def answer(
 
     Returns:
         One row a job, in order.
+
+    Raises:
+        NonFiniteError: The model's logits, or its probabilities of choices, are NaN.
     """
     rows: dict[int, Row] = {}
     compared: dict[str, list[float]] = {}
@@ -100,6 +104,8 @@ def answer(
         todo = {e.row_id: e for e in examples if e.choices and e.row_id not in compared}
         if todo:
             compared.update(zip(todo, engine.compare(list(todo.values())), strict=True))
+        for row_id in todo:
+            require_numbers(compared[row_id], row_id)
 
     def take(places: Sequence[int], replies: Sequence[Reply]) -> None:
         examples = [jobs[place].example for place in places]
@@ -116,6 +122,7 @@ def answer(
 
     engine.reply(
         [job.example for job in jobs],
+        # Seeds of drawn replies: another separator would make other draws.
         [f"{job.example.row_id}\x1f{job.sample}" for job in jobs],
         decoding,
         take,
@@ -150,11 +157,35 @@ def _row(
 
 
 def choice_verdict(example: Example, log_probabilities: Sequence[float]) -> Verdict:
-    """Judge by the most probable choice; none where the choices could not be compared."""
+    """Judge by the most probable choice; none where the choices could not be compared.
+
+    Raises:
+        NonFiniteError: There is no most probable one, since a probability is NaN.
+    """
+    require_numbers(log_probabilities, example.row_id)
     if not log_probabilities:
         return {"parsed": None, "correct": False}
     best = max(range(len(log_probabilities)), key=log_probabilities.__getitem__)
     return {"parsed": example.choices[best], "correct": example.choices[best] == example.target}
+
+
+def judge_again(task: Task, rows: Sequence[Row], examples: Mapping[str, Example]) -> list[Row]:
+    """Return rows of an earlier attempt with the verdicts of the present scorers.
+
+    Args:
+        task: Judges the replies.
+        rows: Replies that were made with the present weights and settings.
+        examples: By row id, what the rows are replies to.
+    """
+    asked = [examples[row["row_id"]] for row in rows]
+    verdicts = task.judge([row["reply"] for row in rows], asked)
+    judged = []
+    for row, example, given in zip(rows, asked, verdicts, strict=True):
+        scores = dict(given)
+        if CHOICE in task.scorers:
+            scores[CHOICE] = choice_verdict(example, row.get("choice_log_probabilities", []))
+        judged.append({**row, "reference": example.reference, "scores": scores})
+    return judged
 
 
 def summarise(task: Task, rows: Sequence[Row], *, score: bool = True) -> dict[str, float]:

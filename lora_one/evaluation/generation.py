@@ -9,6 +9,10 @@ A reply is a function of the token sequence alone (the tokens up to the first en
 at most ``max_new_tokens``), so batch size and order cannot change it, as long as the arithmetic
 finds the same largest logit. In fp32 batching moves logits by about 1e-6 relative, in bf16 by
 about 1e-2: there, near ties can fall the other way.
+
+A batch whose longest prompt leaves less of the context than a shorter one needs is decoded as far
+as the longest may go; rows that have not ended are then decoded again without it, so that no
+position beyond the context is ever asked for.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -22,6 +26,8 @@ from transformers import GenerationConfig, LogitsProcessorList
 
 from lora_one.errors import InputError
 from lora_one.evaluation.batching import AUTO, Batches, BatchSize
+from lora_one.evaluation.context import context_of, room_for_reply
+from lora_one.evaluation.finite import RequireNumbers
 from lora_one.evaluation.mode import evaluation_mode, input_device
 from lora_one.evaluation.sampling import Sampling, sampler
 from lora_one.tasks.encoding import Architecture, encode_prompts, padding_id
@@ -72,17 +78,19 @@ def generate_replies(
         architecture: ``causal`` or ``seq2seq``.
         batch_size: Rows decoded together, at most; ``auto``: as many as fit
             (``lora_one.evaluation.batching``).
-        max_new_tokens: Limit for each reply. A causal model's context
-            (``config.max_position_embeddings``) is a limit as well: prompt and reply share it, and
-            a prompt that fills it gets an empty reply with stop reason ``length``.
+        max_new_tokens: Limit for each reply. The model's context is a limit as well, which a
+            causal model's prompt and reply share; a prompt that leaves no room for a reply gets an
+            empty one with stop reason ``length``.
         stop_strings: A reply ends where the first of these begins.
         sampling: None decodes greedily.
-        keys: What each reply's random numbers are seeded with; needed with ``sampling``.
+        keys: What each reply's random numbers are seeded with; needed with ``sampling``. They
+            also name the replies in error messages.
         on_replies: Called after every batch.
 
     Raises:
         InputError: ``batch_size`` or ``max_new_tokens`` below 1, an unknown architecture, or
             sampling without a key for every prompt.
+        NonFiniteError: The model's logits are NaN.
     """
     _check(architecture, batch_size, max_new_tokens)
     if sampling is not None and len(keys or ()) != len(prompts):
@@ -90,10 +98,8 @@ def generate_replies(
     if not prompts:
         return []
     prompt_ids = encode_prompts(prompts, tokenizer, architecture=architecture)
-    limits = [
-        min(max_new_tokens, _room(model, len(ids), architecture, max_new_tokens))
-        for ids in prompt_ids
-    ]
+    context = context_of(model.config, architecture, tokenizer)
+    limits = [room_for_reply(context, len(ids), architecture, max_new_tokens) for ids in prompt_ids]
     eos, pad = eos_token_ids(model, tokenizer), padding_id(tokenizer)
     replies: dict[int, Reply] = {}
 
@@ -104,14 +110,34 @@ def generate_replies(
             on_replies(batch, made)
 
     def decode(batch: Sequence[int]) -> list[list[int]]:
+        found: dict[int, list[int]] = {}
+        left = list(batch)
+        while left:
+            # What the longest prompt leaves room for; those that may say more have shorter ones.
+            width = max(len(prompt_ids[index]) for index in left)
+            longest = max(limits[index] for index in left)
+            limit = room_for_reply(context, width, architecture, longest)
+            found.update(zip(left, decode_once(left, limit), strict=True))
+            left = [i for i in left if limits[i] > limit and not ended(found[i])]
+        return [found[index] for index in batch]
+
+    def ended(ids: list[int]) -> bool:
+        return make_reply(tokenizer, ids, eos, stop_strings).stop_reason != "length"
+
+    def named(batch: Sequence[int]) -> tuple[list[str], list[int]]:
+        names = [f"prompt {i}" if keys is None else f"reply {keys[i]}" for i in batch]
+        return names, [limits[index] for index in batch]
+
+    def decode_once(batch: Sequence[int], limit: int) -> list[list[int]]:
         inputs = _pad([prompt_ids[index] for index in batch], pad, architecture)
-        limit = max(limits[index] for index in batch)
-        draws = None if sampling is None else sampler(sampling, [keys[i] for i in batch], limit)
+        processors = LogitsProcessorList([RequireNumbers(*named(batch), [*eos, pad])])
+        if sampling is not None:
+            processors.append(sampler(sampling, [keys[index] for index in batch], limit))
         output = model.generate(
             **{name: tensor.to(input_device(model)) for name, tensor in inputs.items()},
             max_new_tokens=limit,
             tokenizer=tokenizer if stop_strings else None,
-            logits_processor=LogitsProcessorList([] if draws is None else [draws]),
+            logits_processor=processors,
         )
         # A causal model repeats the prompt, an encoder-decoder the start token.
         skipped = inputs["input_ids"].shape[1] if architecture == "causal" else 1
@@ -200,14 +226,6 @@ def make_reply(
 
 def _decode(tokenizer: Any, ids: list[int]) -> str:
     return tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-
-
-def _room(model: nn.Module, prompt_length: int, architecture: Architecture, unlimited: int) -> int:
-    """Tokens that still fit into a causal model's context after the prompt."""
-    if architecture == "seq2seq":
-        return unlimited
-    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    return unlimited if context is None else max(0, context - prompt_length)
 
 
 def eos_token_ids(model: nn.Module, tokenizer: Any) -> frozenset[int]:

@@ -14,7 +14,9 @@ from torch import nn
 
 from lora_one.errors import InputError
 from lora_one.evaluation.batching import BatchSize, choice_rows
+from lora_one.evaluation.context import context_of
 from lora_one.evaluation.engines import Decoding
+from lora_one.evaluation.finite import require_numbers
 from lora_one.evaluation.generation import OnReplies, Reply
 from lora_one.evaluation.mode import evaluation_mode, input_device
 from lora_one.tasks.base import Example, Task
@@ -37,7 +39,7 @@ def head_outputs(
         The logits of each row; an empty list for a row that is longer than the model can read.
     """
     rows = encode_texts(texts, tokenizer)
-    longest = longest_input(model, tokenizer)
+    longest = context_of(model.config, "classification", tokenizer)
     fitting = [place for place, row in enumerate(rows) if len(row["input_ids"]) <= longest]
     fitting.sort(key=lambda place: -len(rows[place]["input_ids"]))
     collate = Collator(padding_id(tokenizer), "classification")
@@ -52,21 +54,6 @@ def head_outputs(
             for place, logits in zip(places, model(**inputs).logits.float(), strict=True):
                 outputs[place] = logits.tolist()
     return outputs
-
-
-def longest_input(model: nn.Module, tokenizer: Any) -> int:
-    """Return how many tokens an encoder can read.
-
-    RoBERTa and its relatives number positions from their padding id + 1, so that many of the
-    positions in ``config.max_position_embeddings`` are no token's.
-    """
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    positions = getattr(base.config, "max_position_embeddings", None) or tokenizer.model_max_length
-    for name, module in base.named_modules():
-        if name.endswith("position_embeddings") and isinstance(module, nn.Embedding):
-            offset = 0 if module.padding_idx is None else module.padding_idx + 1
-            positions = min(positions, module.num_embeddings - offset)
-    return min(positions, tokenizer.model_max_length)
 
 
 def refuse_sampling(decoding: Decoding) -> None:
@@ -106,6 +93,7 @@ class HeadEngine:
 
         Raises:
             InputError: The rows are no classification, or are to be sampled.
+            NonFiniteError: The head gives NaN.
         """
         require_texts(examples)
         refuse_sampling(decoding)
@@ -114,6 +102,8 @@ class HeadEngine:
             part = examples[start : start + self._batch_size]
             texts = [example.texts for example in part]
             outputs = head_outputs(self._model, self._tokenizer, texts, batch_size=self._batch_size)
+            for example, logits in zip(part, outputs, strict=True):
+                require_numbers(logits, example.row_id)
             self._outputs.update(zip([e.row_id for e in part], outputs, strict=True))
             made = [self._reply(logits) for logits in outputs]
             on_replies(range(start, start + len(part)), made)

@@ -86,6 +86,7 @@ def find_target(path: Path, *, base: str | None = None, dtype: str | None = None
                 "adapter_config.json)"
             )
         return Target(base or _base_of(path), path, path, dtype=dtype or "float32")
+    _require_finished(home)
     settings = _model_settings(home / "config.yaml")
     dtype = dtype or ("bfloat16" if settings.get("bf16") else "float32")
     adapter, model = home / "adapter", home / "model"
@@ -101,9 +102,22 @@ def find_target(path: Path, *, base: str | None = None, dtype: str | None = None
     if (model / "config.json").is_file():
         return Target(str(model), None, home, dtype=dtype)
     raise InputError(
-        f"{home}: the run has left neither adapter/ nor model/; let it finish (run.json says "
-        f"'{json.loads((home / 'run.json').read_text()).get('status')}')"
+        f"{home}: the run has left neither adapter/ nor model/. If it evaluated an adapter "
+        "(evaluate.adapter), give that adapter's folder."
     )
+
+
+def _require_finished(home: Path) -> None:
+    """Refuse what an unfinished run has left: it may be half written, or replaced later."""
+    try:
+        status = json.loads((home / "run.json").read_text(encoding="utf-8")).get("status")
+    except json.JSONDecodeError as error:
+        raise InputError(f"{home}: run.json cannot be read: {error}") from None
+    if status != "finished":
+        raise InputError(
+            f"{home}: the run is not finished (run.json says '{status}'). Let it finish, or give "
+            "its command again; or copy the adapter's folder elsewhere and give the copy."
+        )
 
 
 def command(target: Target, settings: Settings) -> str:

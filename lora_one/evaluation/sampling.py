@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessor
 
-from lora_one.errors import InputError
+from lora_one.errors import InputError, NonFiniteError
 
 
 @dataclass(frozen=True)
@@ -80,9 +80,15 @@ def draw(logits: Tensor, u: Tensor, temperature: float, top_p: float) -> Tensor:
 
     Returns:
         Token ids, (rows,), int64.
+
+    Raises:
+        NonFiniteError: A row of logits has NaN or +inf, or nothing but -inf.
     """
     # fp64: an fp32 sum over a vocabulary of 100,000 is off by more than its rare tokens weigh.
     p = torch.softmax(logits.double() / temperature, dim=-1)
+    if (broken := p.isnan().any(dim=-1)).any():
+        row = int(broken.nonzero()[0])
+        raise NonFiniteError(f"row {row} of the batch: its logits are no distribution (NaN)")
     if top_p < 1:
         ordered, order = p.sort(dim=-1, descending=True, stable=True)
         # A token stays as long as those before it have less than top_p: the first always does.

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_one.errors import InputError
+from lora_one.evaluation.context import room_for_reply
 from lora_one.evaluation.engines import Decoding
 from lora_one.evaluation.generation import OnReplies, Reply, make_reply
 from lora_one.tasks.base import Example
@@ -101,7 +102,10 @@ class VllmEngine:
         replies: dict[int, Reply] = {}
         for start in range(0, len(examples), CHUNK):
             places = range(start, min(start + CHUNK, len(examples)))
-            limits = {place: self._limit(len(ids[place]), decoding) for place in places}
+            limits = {
+                p: room_for_reply(self._context, len(ids[p]), "causal", decoding.max_new_tokens)
+                for p in places
+            }
             asked = [place for place in places if limits[place] > 0]
             outputs = self._llm.generate(
                 [{"prompt_token_ids": ids[place]} for place in asked],
@@ -128,10 +132,6 @@ class VllmEngine:
             InputError: always.
         """
         raise InputError("evaluation.engine=vllm does not compare choices: use transformers")
-
-    def _limit(self, prompt_length: int, decoding: Decoding) -> int:
-        room = decoding.max_new_tokens
-        return room if self._context is None else min(room, self._context - prompt_length)
 
     def _parameters(self, decoding: Decoding, limit: int, key: str) -> Any:
         sampling = decoding.sampling

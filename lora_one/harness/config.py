@@ -231,3 +231,10 @@ class Config(Section):
     def trains(self) -> bool:
         """Tell whether there is anything to train."""
         return self.train == "full" and self.evaluate.adapter is None
+
+    @property
+    def learns(self) -> bool:
+        """Tell whether training rows are needed: to train, or for the gradient of the start."""
+        if self.evaluate.adapter is not None:
+            return False
+        return self.trains or self.init.method in GRADIENT_METHODS

@@ -1,4 +1,4 @@
-"""How many tokens a model can read, and what in a benchmark is longer. Nothing is ever cut.
+"""What in a benchmark is longer than the model can read. Nothing is ever cut.
 
 A training row longer than ``model.max_length`` is left out and counted; one longer than the model's
 context is refused, since the setting admits what the model cannot read. A prompt that fills the
@@ -9,25 +9,13 @@ is announced before the run.
 from collections.abc import Sequence
 from typing import Any
 
-from transformers import PreTrainedTokenizerBase
-
 from lora_one.errors import InputError
-from lora_one.harness.models import Base
 from lora_one.tasks import Example
 from lora_one.tasks.classification import encode_texts
 from lora_one.tasks.encoding import EncodedRows, encode_prompts
 
 # Special tokens around a text.
 _AROUND = 8
-
-
-def context_of(base: Base, tokenizer: PreTrainedTokenizerBase) -> int | None:
-    """Return the longest input of a model in tokens; None where there is no limit, as for T5."""
-    positions = getattr(base.config.get_text_config(), "max_position_embeddings", None)
-    if base.architecture == "classification" and positions is not None:
-        # RoBERTa numbers positions from 2 on; its tokenizer knows how many are left.
-        return min(positions, tokenizer.model_max_length)
-    return positions
 
 
 def require_context(context: int | None, split: str, rows: EncodedRows) -> None:

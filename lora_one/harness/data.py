@@ -10,8 +10,9 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from lora_one.errors import InputError
-from lora_one.harness.config import GRADIENT_METHODS, Config, DatasetConfig
-from lora_one.harness.context import context_of, count_filling, require_context
+from lora_one.evaluation.context import context_of
+from lora_one.harness.config import Config, DatasetConfig
+from lora_one.harness.context import count_filling, require_context
 from lora_one.harness.models import Base
 from lora_one.harness.ranks import world_size
 from lora_one.harness.splits import Splits, count_contaminated, require_disjoint, splits
@@ -66,12 +67,13 @@ def load_data(config: Config, tokenizer: PreTrainedTokenizerBase, base: Base) ->
             the model cannot read, a validation row that is a training row, or a benchmark that runs
             programs without the consent to do so.
     """
-    architecture, context = base.architecture, context_of(base, tokenizer)
+    architecture = base.architecture
+    context = context_of(base.config, architecture, tokenizer)
     task = make_task(config.dataset)
     require_consent(config, task)
     train, validation = None, None
     with splits(config, task, tokenizer, architecture) as source:
-        if learns(config):
+        if config.learns:
             train, validation = _load_train(config, source), source.load("validation")
             require_disjoint(train, validation)
             require_context(context, "training", train.encoded)
@@ -104,13 +106,6 @@ def _load_train(config: Config, source: Splits) -> TokenisedSplit:
             f"init.direction={config.init.direction} takes a gradient of training rows, also "
             f"with train=none: {error}"
         ) from error
-
-
-def learns(config: Config) -> bool:
-    """Tell whether the run needs training rows: to train, or for the gradient of the start."""
-    if config.evaluate.adapter is not None:
-        return False
-    return config.trains or config.init.method in GRADIENT_METHODS
 
 
 def require_consent(config: Config, task: Task) -> None:

@@ -15,6 +15,7 @@ from torch import nn
 from tqdm import tqdm
 
 from lora_one.errors import InputError
+from lora_one.evaluation.context import context_of
 from lora_one.evaluation.engines import Decoding, Engine, TransformersEngine
 from lora_one.evaluation.evaluate import (
     EvaluationResult,
@@ -22,6 +23,7 @@ from lora_one.evaluation.evaluate import (
     Key,
     Row,
     answer,
+    judge_again,
     plan_jobs,
     row_key,
     summarise,
@@ -47,8 +49,8 @@ def evaluate(
 ) -> tuple[EvaluationResult, dict[str, Any]]:
     """Answer and score the test rows, on all ranks; the result is the same on each.
 
-    Rows that an earlier attempt made with the same weights and settings are kept, and only the
-    others are made.
+    Replies that an earlier attempt made with the same weights and settings are kept, and only the
+    others are made. Kept ones are judged again: the scorer may have changed in between.
 
     Args:
         config: The run.
@@ -58,7 +60,8 @@ def evaluate(
         base_weights: Identifies the base model's weights.
 
     Returns:
-        The result, and facts for the record: fingerprint, replies that were there already, ranks.
+        The result, and facts for the record: fingerprint, hash of the replies, how many were there
+        already, ranks.
     """
     start = time.perf_counter()
     task, score = plan.data.task, not config.evaluation.generate_only
@@ -70,6 +73,9 @@ def evaluate(
         wanted = {job.key for job in jobs}
         done = [row for row in recover(folder, fingerprint, say) if row_key(row) in wanted]
     fingerprint, done = _from_main((fingerprint, done))
+    if done and score:
+        examples = {job.example.row_id: job.example for job in jobs}
+        done = _gather(judge_again(task, done[rank() :: world_size()], examples))
     recovered = {row_key(row): row for row in done}
     todo = [job for job in jobs if job.key not in recovered]
     if done:
@@ -88,7 +94,12 @@ def evaluate(
     rows = _in_order(jobs, [*done, *_gather(made)])
     seconds = time.perf_counter() - start
     timing = {"seconds": seconds, "answers_per_second": len(todo) / seconds}
-    facts = {"fingerprint": fingerprint, "recovered": len(done), "ranks": world_size()}
+    facts = {
+        "fingerprint": fingerprint,
+        "replies_sha256": _hash_replies(rows),
+        "recovered": len(done),
+        "ranks": world_size(),
+    }
     return EvaluationResult(summarise(task, rows, score=score) | timing, rows), facts
 
 
@@ -153,7 +164,7 @@ def make_engine(config: Config, plan: "Plan", model: nn.Module, folder: Path) ->
         dtype=dtype,
         revision=config.model.revision,
         trust_remote_code=config.model.trust_remote_code,
-        context=getattr(plan.base.config.get_text_config(), "max_position_embeddings", None),
+        context=context_of(plan.base.config, "causal", plan.tokenizer),
     )
 
 
@@ -169,7 +180,9 @@ def _from_main(value: Any) -> Any:
 def fingerprint_of(
     config: Config, plan: "Plan", model: nn.Module, decoding: Decoding, base_weights: str | None
 ) -> str:
-    """Hash what a reply depends on: settings, scorers and weights.
+    """Hash what a reply, or a comparison of choices, depends on: settings and weights.
+
+    Verdicts are no part of it, since replies that are found again are judged again.
 
     Of a PEFT model the adapter's weights are read, and ``base_weights`` stands for the others.
     """
@@ -181,8 +194,7 @@ def fingerprint_of(
         "decoding": asdict(decoding),
         "engine": config.evaluation.engine,
         "dtype": str(base_dtype(config)),
-        "judged": not config.evaluation.generate_only,
-        "scorers": plan.data.task.scorers,
+        "choices": [example.choices for example in plan.data.test],
         "template": asdict(plan.data.task.template),
         "base": base_weights,
     }
@@ -192,6 +204,12 @@ def fingerprint_of(
         values = tensor.detach().cpu().contiguous().view(-1)
         digest.update(values.view(torch.uint8).numpy())
     return digest.hexdigest()
+
+
+def _hash_replies(rows: Sequence[Row]) -> str:
+    """Tell replies apart: the table of runs shows the same ones once."""
+    replies = [[row["row_id"], row["sample"], row["reply"]] for row in rows]
+    return hashlib.sha256(json.dumps(replies).encode()).hexdigest()
 
 
 def _share(todo: Sequence[Job]) -> list[Job]:

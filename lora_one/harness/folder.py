@@ -10,7 +10,7 @@ from typing import Any
 
 from lora_one.harness.config import Config
 from lora_one.harness.given_adapter import read_adapter
-from lora_one.harness.task_options import path_options
+from lora_one.harness.task_options import parameters, path_options
 
 # What changes where a run is kept or shown, or how fast it is, not what it computes.
 NOT_PART_OF_THE_RUN = {
@@ -41,6 +41,8 @@ FOR_TRAINING = {"optimizer"} | {
     )
 }
 FOR_A_START = {"train", "init", "peft", "export"}
+# What chooses and encodes training and validation rows.
+FOR_ROWS_THAT_CARRY_LOSS = ("train_rows", "validation_rows", "loss_on", "seed")
 
 
 def run_id(config: Config) -> str:
@@ -59,15 +61,35 @@ def run_id(config: Config) -> str:
     settings = without(settings, NOT_PART_OF_THE_RUN)
     rank = f"r{config.peft.lora_r}" if config.peft.use_peft else "full"
     how = [rank, config.optimizer.name, f"lr{config.model.learning_rate:g}"]
+    seed: int | None = config.seed
     if config.evaluate.adapter is not None:
-        settings = without(settings, FOR_TRAINING | FOR_A_START)
-        how = []
+        # Only drawn replies have a seed, and the others none.
+        how, seed = [], config.evaluation.seed
     elif not config.trains:
-        settings = without(settings, FOR_TRAINING)
         how = [rank, "none"]
+    settings = without(settings, unread(config))
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
     names = [config.dataset.name, _model_slug(config.model.name), config.method]
-    return "-".join([*names, *how, f"s{config.seed}", digest])
+    return "-".join([*names, *how, *([] if seed is None else [f"s{seed}"]), digest])
+
+
+def unread(config: Config) -> set[str]:
+    """Return the settings that have no effect on what the run computes, as ``section.key``."""
+    if config.trains:
+        return set()
+    keys = set(FOR_TRAINING)
+    if config.evaluate.adapter is not None:
+        # The run's seed is only what the other seeds follow.
+        keys |= FOR_A_START | {"seed"}
+    if not config.learns:
+        keys.add("model.max_length")
+        # A benchmark that is told of them may choose its test rows by them.
+        told = parameters(config.dataset.name)
+        keys |= {f"dataset.{key}" for key in FOR_ROWS_THAT_CARRY_LOSS if key not in told}
+        if config.model.type != "SequenceClassification":
+            # A head that neither checkpoint nor adapter holds starts at random.
+            keys.add("model.seed")
+    return keys
 
 
 def without(settings: dict[str, Any], keys: Collection[str], prefix: str = "") -> dict[str, Any]:
@@ -90,7 +112,7 @@ def _model_slug(name: str) -> str:
 def read_record(folder: Path) -> dict[str, Any] | None:
     """Return the folder's ``run.json``, or None where there is none that can be read."""
     try:
-        return json.loads((folder / "run.json").read_text())
+        return json.loads((folder / "run.json").read_text(encoding="utf-8"))
     except (OSError, json.JSONDecodeError):
         return None
 
@@ -110,10 +132,10 @@ def finished_record(config: Config) -> dict[str, Any] | None:
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Write a file so that it is there either whole or not at all."""
+    """Write a file, in UTF-8, so that it is there either whole or not at all."""
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
-        with os.fdopen(handle, "w") as file:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())

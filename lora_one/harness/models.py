@@ -196,11 +196,12 @@ def has_bf16() -> bool:
 def base_dtype(config: Config) -> torch.dtype:
     """Return the dtype of the base weights: bfloat16 if asked for, possible, and frozen.
 
-    Weights that are trained stay in float32, where a small update does not round away; full
-    fine-tuning computes in bfloat16 by autocast instead.
+    Under an adapter that is there already they are frozen, whatever ``peft`` says. Weights that
+    are trained stay in float32, where a small update does not round away; full fine-tuning computes
+    in bfloat16 by autocast instead.
     """
-    wanted = config.model.bf16 and config.peft.use_peft
-    return torch.bfloat16 if wanted and has_bf16() else torch.float32
+    frozen = config.peft.use_peft or config.evaluate.adapter is not None
+    return torch.bfloat16 if config.model.bf16 and frozen and has_bf16() else torch.float32
 
 
 def skeleton(base: Base) -> PreTrainedModel:

@@ -18,7 +18,6 @@ from rich.table import Table
 from lora_one.errors import InputError
 from lora_one.harness.config import Config, ModelConfig
 from lora_one.harness.console import make_console, quiet_libraries, say
-from lora_one.harness.data import learns
 from lora_one.harness.model_files import ModelFiles, fetch_model, local_model
 from lora_one.harness.models import local_folder
 from lora_one.harness.plan import make_plan
@@ -89,7 +88,7 @@ def verify_all() -> None:
 def _needs(config: Config) -> str:
     """What of a configuration decides what has to be here; the rest may differ."""
     model = config.model.model_dump(include={"name", "type", "revision", "max_length"})
-    rest = [config.output_dir, config.evaluate.adapter, learns(config)]
+    rest = [config.output_dir, config.evaluate.adapter, config.learns]
     return json.dumps([config.dataset.model_dump(), model, *rest], sort_keys=True)
 
 

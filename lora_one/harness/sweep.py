@@ -73,7 +73,10 @@ def _show(points: Sequence[Point]) -> None:
     from lora_one.reports.records import load_runs
     from lora_one.reports.table import render, summarise, to_csv, to_markdown
 
-    folders = [Path(point.config.output_dir) / run_id(point.config) for point in points]
+    # Points that differ in what nothing reads are one run.
+    folders = list(
+        dict.fromkeys(Path(point.config.output_dir) / run_id(point.config) for point in points)
+    )
     table = summarise(load_runs(folders))
     render(table)
     names = "\n".join(folder.name for folder in folders)

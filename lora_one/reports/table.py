@@ -46,13 +46,15 @@ def summarise(runs: Sequence[Run]) -> Results:
 
     Accuracy and losses are mean +- sample standard deviation over the seeds; seconds are means
     (a start from the cache counts with what it cost to compute); memory is the largest of all
-    phases and seeds.
+    phases and seeds. Of untrained runs that gave the same replies under other seeds one counts:
+    nothing in them was random, so that they would feign a standard deviation of 0.
     """
     finished = [run for run in runs if run.status == "finished"]
     groups: dict[str, list[Run]] = {}
     for run in finished:
         settings = {key: value for key, value in run.settings.items() if key not in SEEDS}
         groups.setdefault(json.dumps(settings, sort_keys=True), []).append(run)
+    repeats = [pair for runs in groups.values() for pair in _take_repeats(runs)]
     varied = _varied(list(groups.values()))
     metrics = sorted({run.record["primary_metric"] for run in finished})
     columns = [
@@ -72,7 +74,28 @@ def summarise(runs: Sequence[Run]) -> Results:
     notes = [
         f"{run.status}: {run.folder.name}{_reason(run)}" for run in runs if run not in finished
     ]
+    notes += [
+        f"the replies of {first.folder.name} once more: {again.folder.name}"
+        for first, again in repeats
+    ]
     return Results(columns, rows, notes)
+
+
+def _take_repeats(group: list[Run]) -> list[tuple[Run, Run]]:
+    """Take out of a group the untrained runs that repeat another; return both of each."""
+    seen: dict[str, Run] = {}
+    repeats = []
+    for run in list(group):
+        replies = (run.record.get("evaluation") or {}).get("replies_sha256")
+        if _is_trained(run.settings) or replies is None:
+            continue
+        # A start that differs shows in the loss before it shows in a greedy reply.
+        outcome = json.dumps([replies, run.record["losses"]["validation"]])
+        first = seen.setdefault(outcome, run)
+        if first is not run:
+            group.remove(run)
+            repeats.append((first, run))
+    return repeats
 
 
 def _varied(groups: list[list[Run]]) -> list[str]:
@@ -119,9 +142,13 @@ def _row(group: list[Run], varied: list[str], metrics: list[str]) -> list[str]:
 
 def _training(settings: dict[str, Any]) -> list[str]:
     """Optimiser and learning rate, or that there was no training: the start itself is the row."""
-    if settings.get("train") == "none" or settings.get("evaluate.adapter") is not None:
+    if not _is_trained(settings):
         return ["none", "-"]
     return [settings["optimizer.name"], f"{settings['model.learning_rate']:g}"]
+
+
+def _is_trained(settings: dict[str, Any]) -> bool:
+    return settings.get("train") != "none" and settings.get("evaluate.adapter") is None
 
 
 def _mean_sd(values: Sequence[float | None]) -> str:

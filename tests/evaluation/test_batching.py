@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from transformers import MambaConfig, MambaForCausalLM
 
 from lora_one.evaluation import batching, generate_replies
 from lora_one.evaluation.batching import Batches, bytes_per_token
@@ -80,3 +81,16 @@ def test_replies_survive_a_batch_that_did_not_fit(llama, llama_tokenizer, prompt
     monkeypatch.setattr(llama, "generate", small)
     fitting = generate_replies(llama, llama_tokenizer, prompts, batch_size="auto", **options)
     assert fitting == expected
+
+
+def test_a_model_without_attention_heads_gets_a_fixed_number_of_rows(llama_tokenizer, prompts):
+    torch.manual_seed(0)
+    config = MambaConfig(vocab_size=len(llama_tokenizer), hidden_size=32, num_hidden_layers=2)
+    model = MambaForCausalLM(config).eval()
+    assert bytes_per_token(model) is None
+    work = Memory(10)
+    _run(model, "auto", work, jobs=40)
+    assert work.tried == [16, 8, 8, 8, 8, 8]
+    options = {"architecture": "causal", "max_new_tokens": 4}
+    replies = generate_replies(model, llama_tokenizer, prompts, batch_size="auto", **options)
+    assert all(0 < reply.tokens <= 4 for reply in replies)

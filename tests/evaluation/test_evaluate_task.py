@@ -3,10 +3,18 @@ import math
 
 import pytest
 
-from lora_one.errors import InputError
+from lora_one.errors import InputError, NonFiniteError
 from lora_one.evaluation import Reply, Sampling, evaluate_task
 from lora_one.evaluation.engines import Decoding, TransformersEngine
-from lora_one.evaluation.evaluate import Job, answer, choice_verdict, plan_jobs, row_key, summarise
+from lora_one.evaluation.evaluate import (
+    Job,
+    answer,
+    choice_verdict,
+    judge_again,
+    plan_jobs,
+    row_key,
+    summarise,
+)
 from lora_one.tasks import create_task
 from lora_one.tasks.base import Example, Task, Template
 
@@ -176,6 +184,42 @@ def test_choices_of_a_real_model_are_the_same_at_every_batch_size(llama, llama_t
 def test_the_first_of_equally_probable_choices_is_taken():
     example = Example("a", "?", "b", None, ("a", "b"))
     assert choice_verdict(example, [-1.0, -1.0]) == {"parsed": "a", "correct": False}
+
+
+NAN, INF = math.nan, math.inf
+
+
+@pytest.mark.parametrize("values", [[NAN, NAN], [-1.0, NAN], [NAN, -1.0], [-INF, -INF], [INF, 0.0]])
+def test_probabilities_that_are_no_numbers_are_no_answer(values):
+    example = Example("test/7", "?", "a", None, ("a", "b"))
+    with pytest.raises(NonFiniteError, match="row test/7: the model gives"):
+        choice_verdict(example, values)
+    for score in (True, False):
+        engine = Parrot([Reply("a", "eos", 1)], {"test/7": values})
+        with pytest.raises(NonFiniteError, match="row test/7"):
+            answer(engine, Colours(), plan_jobs([example]), Decoding(1), score=score)
+
+
+def test_an_impossible_choice_is_one(arithmetic_examples):
+    assert choice_verdict(Example("r", "?", "b", None, ("a", "b")), [-INF, -1.0])["correct"]
+
+
+def test_rows_found_again_are_judged_by_the_present_scorers():
+    example = Example("a", "?", "red", "the new reference", ("blue", "red"))
+    old = {"parsed": "nonsense", "correct": False}
+    row = {
+        "row_id": "a",
+        "sample": 0,
+        "reply": "red",
+        "reference": "old",
+        "scores": {"exact": old, "retired": old},
+        "choice_log_probabilities": [-2.0, -1.0],
+    }
+    right = {"parsed": "red", "correct": True}
+    (found,) = judge_again(Colours(), [row], {"a": example})
+    assert found["scores"] == {"exact": right, "choice": right}
+    assert found["reference"] == "the new reference"
+    assert found["reply"] == "red"
 
 
 def test_generate_only_judges_nothing(arithmetic_examples, monkeypatch):

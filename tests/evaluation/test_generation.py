@@ -3,9 +3,9 @@ from pathlib import Path
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
-from lora_one.errors import InputError
+from lora_one.errors import InputError, NonFiniteError
 from lora_one.evaluation import Sampling, generate_replies
 
 TOKENS = 20
@@ -38,6 +38,20 @@ def _generate(model, tokenizer, prompts, architecture="causal", batch_size=8, **
         batch_size=batch_size,
         **{"max_new_tokens": TOKENS, **options},
     )
+
+
+@pytest.fixture
+def learnt_positions(llama_tokenizer):
+    """A GPT-2 that never ends a reply, and its context."""
+    torch.manual_seed(0)
+    config = GPT2Config(
+        vocab_size=len(llama_tokenizer), n_embd=32, n_layer=2, n_head=4, n_positions=64
+    )
+    model = GPT2LMHeadModel(config).eval()
+    model.transformer.wte.weight.data.mul_(20)  # replies that vary, without near ties
+    model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
+    model.lm_head.weight.data[:3] = 0.0
+    return model, config.n_positions
 
 
 @pytest.fixture(scope="module")
@@ -203,6 +217,56 @@ def test_prompt_and_reply_share_the_context(llama, llama_tokenizer):
     assert [reply.tokens for reply in replies] == room
     assert {reply.stop_reason for reply in replies} == {"length"}
     assert replies[1].text == replies[2].text == ""
+
+
+@pytest.mark.parametrize("sampling", [None, Sampling(temperature=1.0)])
+@pytest.mark.parametrize("stop_strings", [(), ("e",)])
+def test_a_nearly_full_prompt_takes_no_room_from_the_others(
+    llama_tokenizer, learnt_positions, sampling, stop_strings
+):
+    """With learnt positions one beyond the context is an IndexError, whatever is cut later."""
+    model, context = learnt_positions
+    prompts = ["a" * (length - 1) for length in (35, 2, context, context - 1, 30, 24, 20)]
+    options = {"max_new_tokens": 40, "sampling": sampling, "stop_strings": stop_strings}
+    options["keys"] = [str(n) for n in range(len(prompts))]
+    alone = _generate(model, llama_tokenizer, prompts, batch_size=1, **options)
+    for batch_size in (2, 4, 8):
+        assert _generate(model, llama_tokenizer, prompts, batch_size=batch_size, **options) == alone
+    if sampling is None and not stop_strings:
+        assert [reply.tokens for reply in alone] == [29, 40, 0, 1, 34, 40, 40]
+        assert [reply.text for reply in alone] == [
+            greedy_one_at_a_time(model, llama_tokenizer, prompt, reply.tokens)
+            for prompt, reply in zip(prompts, alone, strict=True)
+        ]
+
+
+@pytest.mark.parametrize("sampling", [None, Sampling(temperature=1.0)])
+@pytest.mark.parametrize("architecture", ["causal", "seq2seq"])
+def test_logits_that_are_no_numbers_are_no_reply(request, prompts, architecture, sampling):
+    """Their argmax would be token 0, or the first token that is not a number."""
+    name = "llama" if architecture == "causal" else "t5"
+    model, tokenizer = request.getfixturevalue(name), request.getfixturevalue(f"{name}_tokenizer")
+    options = {"sampling": sampling, "keys": [f"test/{n}" for n in range(len(prompts))]}
+    # Only the first prompt, the longest by far, has this letter.
+    prompts = ["Z" * 90, *prompts[1:]]
+    place = tokenizer.convert_tokens_to_ids("Z")
+    model.get_input_embeddings().weight.data[place] = torch.nan
+    for batch_size in (1, 8):
+        with pytest.raises(NonFiniteError, match=r"reply test/0: .* for token 1 of the reply"):
+            _generate(model, tokenizer, prompts, architecture, batch_size, **options)
+    with pytest.raises(NonFiniteError, match=r"^prompt 0:"):
+        _generate(model, tokenizer, prompts, architecture)
+
+
+def test_what_comes_after_the_end_of_a_reply_need_not_be_a_number(
+    llama, llama_tokenizer, prompts, llama_texts
+):
+    """A row that has ended is decoded as long as others go on; nobody reads what comes out."""
+    _end_replies_at_a_common_letter(llama, llama_tokenizer, llama_texts)
+    expected = _generate(llama, llama_tokenizer, prompts)
+    llama.get_input_embeddings().weight.data[0] = torch.nan  # the padding id, fed to ended rows
+    assert len({reply.tokens for reply in expected}) > 2
+    assert _generate(llama, llama_tokenizer, prompts, batch_size=1) == expected
 
 
 def test_every_batch_is_handed_over_as_it_is_made(llama, llama_tokenizer, prompts):

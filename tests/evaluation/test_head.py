@@ -12,10 +12,11 @@ from transformers import (
     RobertaForSequenceClassification,
 )
 
-from lora_one.errors import InputError
+from lora_one.errors import InputError, NonFiniteError
+from lora_one.evaluation.context import context_of
 from lora_one.evaluation.engines import Decoding
 from lora_one.evaluation.evaluate import answer, plan_jobs, summarise
-from lora_one.evaluation.head import HeadEngine, head_outputs, longest_input
+from lora_one.evaluation.head import HeadEngine, head_outputs
 from lora_one.evaluation.sampling import Sampling
 from lora_one.tasks import create_task
 from lora_one.tasks.base import make_example
@@ -57,7 +58,7 @@ def test_outputs_are_the_models_own_at_every_batch_size(case, batch_size):
 def test_a_model_reads_as_many_tokens_as_it_has_positions_for(case):
     """RoBERTa's two extra positions are no token's: one token more would be an index error."""
     model, tokenizer = case
-    longest = longest_input(model, tokenizer)
+    longest = context_of(model.config, "classification", tokenizer)
     assert longest == POSITIONS
     ids = torch.full((1, longest), 5)
     model(input_ids=ids)
@@ -130,3 +131,16 @@ def test_what_a_head_cannot_do_is_said(case):
     gsm8k = [make_example("test", 0, "Q", "A", "1")]
     with pytest.raises(InputError, match="needs a benchmark with labels"):
         engine.reply(gsm8k, ["k"], Decoding(8), print)
+
+
+@pytest.mark.parametrize("dataset", ["mnli", "stsb"])
+def test_outputs_that_are_no_numbers_are_no_reply(dataset):
+    """A NaN would be the first class, or a score at an end of the scale."""
+    task = create_task(dataset)
+    tokenizer = bert_tokenizer([SENTENCE])
+    model = _model("bert", tokenizer, len(task.labels) or 1)
+    model.classifier.weight.data.fill_(math.nan)
+    examples = _examples(task, task.labels)
+    engine = HeadEngine(model, tokenizer, task, 4)
+    with pytest.raises(NonFiniteError, match=f"row {examples[0].row_id}: the model gives"):
+        answer(engine, task, plan_jobs(examples), Decoding(8))

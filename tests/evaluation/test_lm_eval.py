@@ -132,7 +132,7 @@ def _run_folder(tmp_path, **model):
 
 def test_a_run_folder_says_its_base_dtype_and_revision(tmp_path):
     folder = _run_folder(tmp_path, name="me/base", bf16=True, revision="v1", trust_remote_code=True)
-    with pytest.raises(InputError, match=r"neither adapter/ nor model/.*'finished'"):
+    with pytest.raises(InputError, match=r"neither adapter/ nor model/.*evaluate\.adapter"):
         find_target(folder)
     (folder / "adapter").mkdir()
     (folder / "adapter" / "adapter_config.json").write_text("{}")
@@ -144,6 +144,18 @@ def test_a_run_folder_says_its_base_dtype_and_revision(tmp_path):
         "trust_remote_code=True --tasks gsm8k_cot,mmlu --batch_size auto --num_fewshot 5 "
         "--limit 100"
     )
+
+
+@pytest.mark.parametrize("record", ['{"status": "running"}', '{"status": "failed"}', "{}", "{"])
+def test_what_an_unfinished_run_has_left_is_refused(tmp_path, record):
+    folder = _run_folder(tmp_path, name="me/base", bf16=False)
+    (folder / "adapter").mkdir()
+    (folder / "adapter" / "adapter_config.json").write_text("{}")
+    assert find_target(folder).adapter == folder / "adapter"
+    (folder / "run.json").write_text(record)
+    for path in (folder, folder / "adapter"):
+        with pytest.raises(InputError, match=r"not finished|cannot be read"):
+            find_target(path)
 
 
 def test_a_model_trained_in_full_is_evaluated_itself(tmp_path):

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from lora_one.errors import InputError
+from lora_one.errors import InputError, NonFiniteError
 from lora_one.evaluation import Sampling, generate_replies
 from lora_one.evaluation.sampling import draw, uniforms
 
@@ -36,6 +36,15 @@ def test_extreme_numbers_draw_a_possible_token():
     logits = torch.tensor([[-torch.inf, 0.0, 0.0, -torch.inf]]).expand(2, 4)
     assert draw(logits, ends, 1.0, 1.0).tolist() == [1, 2]
     assert draw(logits, ends, 1.0, 0.9).tolist() == [1, 2]
+
+
+@pytest.mark.parametrize("broken", [torch.nan, torch.inf])
+def test_what_is_no_distribution_is_not_drawn_from(broken):
+    logits = torch.zeros(3, 4)
+    logits[1, 2] = broken
+    for top_p in (1.0, 0.5):
+        with pytest.raises(NonFiniteError, match="row 1 of the batch"):
+            draw(logits, torch.zeros(3, dtype=torch.float64), 1.0, top_p)
 
 
 def test_random_numbers_are_those_of_seed_and_key():

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from hashlib import sha256
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from transformers import AutoModelForCausalLM
 from lora_one.errors import InputError
 from lora_one.evaluation.engines import TransformersEngine
 from lora_one.harness.folder import run_id
+from lora_one.harness.models import base_dtype, has_bf16
 from lora_one.harness.published import translate
 from lora_one.reports.records import find_runs
 from lora_one.reports.table import summarise
@@ -76,6 +78,60 @@ def test_settings_of_a_training_that_does_not_happen_make_no_other_run(small):
     assert run_id(small("train=none", "model.learning_rate=1", "optimizer=loraplus")) == one
     assert run_id(small("train=none", "init.stable_gamma=3")) != one
     assert run_id(small("train=none", "evaluation.temperature=1")) != one
+
+
+def test_what_an_evaluation_does_not_read_makes_no_other_run(small, adapter):
+    given = f"evaluate.adapter={adapter}"
+    untouched = ("dataset.train_rows=5", "dataset.validation_rows=3", "model.max_length=99")
+    for run_of, same, other in (
+        ([given], ["seed=3"], ["evaluation.temperature=1", "dataset.test_rows=2"]),
+        (["train=none", "init=lora"], ["model.seed=3"], ["init.seed=3", "seed=3"]),
+    ):
+        one = run_id(small(*run_of))
+        for setting in (*untouched, "model.seed=3", "dataset.seed=3", *same):
+            assert run_id(small(*run_of, setting)) == one
+        for setting in other:
+            assert run_id(small(*run_of, setting)) != one
+    # A gradient takes training rows, a benchmark may be told of them, and drawn replies have seeds.
+    for run_of, setting in (
+        (["train=none"], "dataset.train_rows=5"),
+        (["train=none"], "model.max_length=99"),
+        ([given, "dataset=meta_math"], "dataset.seed=3"),
+        ([given, "evaluation.temperature=1"], "seed=3"),
+        ([], "dataset.validation_rows=3"),
+    ):
+        assert run_id(small(*run_of, setting)) != run_id(small(*run_of))
+
+
+def test_the_seed_of_a_head_that_starts_at_random_is_read(small, adapter):
+    head = (f"evaluate.adapter={adapter}", "model.type=SequenceClassification", "dataset=sst2")
+    assert run_id(small(*head, "model.seed=3")) != run_id(small(*head))
+
+
+@pytest.mark.parametrize("peft", [[], ["peft=full_ft", "init=lora"]])
+def test_the_base_under_a_given_adapter_is_frozen_whatever_peft_says(small, adapter, peft):
+    config = small(f"evaluate.adapter={adapter}", "model.bf16=true", *peft)
+    assert base_dtype(config) == (torch.bfloat16 if has_bf16() else torch.float32)
+    assert run_id(config) == run_id(small(f"evaluate.adapter={adapter}", "model.bf16=true"))
+
+
+def test_seeds_that_change_no_reply_are_not_counted_as_runs(small, run, adapter):
+    """The base model is the base model, whatever the seed of its untrained adapter."""
+    names = [run(small("train=none", "init=lora", f"seed={seed}"))["run_id"] for seed in (0, 1, 2)]
+    assert len(set(names)) == 3
+    results = summarise(find_runs(Path(small().output_dir)))
+    (row,) = (dict(zip(results.columns, row, strict=True)) for row in results.rows)
+    assert row["seeds"] == "1"
+    assert "±" not in row["accuracy"]
+    assert len(results.notes) == 2
+
+
+def test_seeds_of_drawn_replies_are_counted(small, run):
+    for seed in (0, 1):
+        run(small("train=none", "init=lora", "evaluation.temperature=1", f"seed={seed}"))
+    results = summarise(find_runs(Path(small().output_dir)))
+    assert dict(zip(results.columns, results.rows[0], strict=True))["seeds"] == "2"
+    assert not results.notes
 
 
 def test_the_base_model_has_a_row_of_its_own_and_needs_test_rows_only(
@@ -269,6 +325,25 @@ def test_replies_of_other_weights_are_made_again(
     )
 
 
+def test_replies_found_again_are_judged_by_the_present_scorer(
+    small, run, folder_of, monkeypatch, count_prompts
+):
+    config = small("train=none", "init=lora", "evaluation.batch_size=2")
+    revive = _kill_after(monkeypatch, 2)
+    with pytest.raises(Killed):
+        run(config)
+    revive()
+    repaired = {"parsed": "1", "correct": True}
+    names = Arithmetic.scorers
+    monkeypatch.setattr(Arithmetic, "score", lambda *_: dict.fromkeys(names, repaired))
+    count_prompts.clear()
+    assert run(config)["metrics"]["accuracy"] == 1.0
+    assert len(count_prompts[0]) == 2
+    assert all(
+        row["scores"] == dict.fromkeys(names, repaired) for row in predictions(folder_of(config))
+    )
+
+
 class Programs(Arithmetic):
     """A benchmark whose replies would be run."""
 
@@ -399,14 +474,22 @@ def test_a_process_that_was_killed_outright_loses_no_row_it_had_made(llama_folde
         assert process.returncode == 0
         return said
 
+    def count_made() -> int:
+        """Rows that are whole, beside the line of the fingerprint."""
+        for part in (tmp_path / "killed").glob("*/predictions.jsonl.part-0"):
+            try:
+                return part.read_text().count("\n") - 1
+            except FileNotFoundError:  # the evaluation was done between the two looks
+                break
+        return -1
+
     killed = start("killed")
-    while killed.poll() is None:
-        parts = list((tmp_path / "killed").glob("*/predictions.jsonl.part-0"))
-        if parts and len(parts[0].read_text().splitlines()) > 5:
-            killed.kill()
+    while killed.poll() is None and count_made() < 5:
+        time.sleep(0.02)
+    killed.kill()
     killed.communicate()
-    assert killed.returncode == -signal.SIGKILL
-    made = len(parts[0].read_text().splitlines()) - 1
+    assert killed.returncode == -signal.SIGKILL, "it was done before it could be killed"
+    made = count_made()
     assert 5 <= made < 80
     assert f"eval: {made} of 80 replies are there already" in finish(start("killed"))
     finish(start("whole"))

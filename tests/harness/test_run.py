@@ -19,6 +19,7 @@ from lora_one.errors import InputError, NonFiniteError
 from lora_one.harness import export
 from lora_one.harness.folder import run_id
 
+ROOT = Path(__file__).parents[2]
 INITS = ["lora", "gaussian", "kaiming", "orthogonal", "pissa", "olora", "lora_ga", "lora_one"]
 
 
@@ -361,3 +362,15 @@ def test_rank_above_the_layer_names_the_layer_and_what_would_do(small, run):
         run(small("peft.lora_r=17", "init=lora"))
     with pytest.raises(InputError, match=r"LoRA-GA takes 2r.*largest usable rank is 8"):
         run(small("peft.lora_r=9", "init=lora_ga"))
+
+
+def test_files_are_utf_8_whatever_the_locale_says(tmp_path):
+    """A name or a reply may hold any letter, and a batch job often has the C locale."""
+    program = (
+        "from pathlib import Path\n"
+        "from lora_one.harness.folder import write_atomically\n"
+        f"write_atomically(Path({str(tmp_path / 'file')!r}), chr(233) + chr(8364))\n"
+    )
+    plain = {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}
+    subprocess.run([sys.executable, "-c", program], cwd=ROOT, env=os.environ | plain, check=True)
+    assert (tmp_path / "file").read_bytes() == "é€".encode()
