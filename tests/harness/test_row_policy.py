@@ -96,3 +96,37 @@ def test_a_prompt_that_fills_the_context_is_announced_and_not_cut(
     predictions = tmp_path / "results" / record["run_id"] / "predictions.jsonl"
     last = json.loads(predictions.read_text().splitlines()[-1])
     assert (last["reply"], last["scores"]["strict"]["correct"]) == ("", False)
+
+
+@pytest.fixture
+def mmlu(small, tmp_path):
+    """Plan an MMLU test with five shots of 30 tokens for the model that reads 256."""
+
+    def from_words(words, *overrides):
+        for suffix in ("dev", "test"):
+            (tmp_path / "mmlu" / suffix).mkdir(parents=True, exist_ok=True)
+            file = tmp_path / "mmlu" / suffix / f"anatomy_{suffix}.csv"
+            file.write_text(f"{'apples ' * (30 if suffix == 'dev' else words)},1,2,3,4,A\n" * 5)
+        return small(
+            "dataset=mmlu", f"dataset.path={tmp_path / 'mmlu'}", "dataset.train_rows=null",
+            "dataset.shots=5", "dataset.max_new_tokens=4", "train=none", "init=lora", *overrides
+        )  # fmt: skip
+
+    return from_words
+
+
+def test_shots_give_way_to_the_models_context(mmlu, tokenizer, run, capsys):
+    config = mmlu(20)
+    for example in (data := make_plan(config).data).test:
+        assert 0 < example.prompt.count("Answer: ") < 5
+        assert len(tokenizer(example.prompt)["input_ids"]) + 4 <= 256
+    assert data.facts["test_prompts_too_long"] == 0
+    run(config)
+    said = capsys.readouterr().out
+    assert "note: test: 5 of 5 prompts shortened to fewer shots" in said
+    assert "left out" not in said
+
+
+def test_an_evaluation_without_room_for_any_reply_is_refused(mmlu):
+    with pytest.raises(InputError, match=r"every test prompt \(5 of 5\) fills.* 256 tokens"):
+        make_plan(mmlu(300))
