@@ -3,7 +3,7 @@
 import hashlib
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -169,7 +169,7 @@ def _facts(
         "test_row_ids_sha256": _hash([example.row_id for example in test]),
         "sources": task.sources,
         "counts": task.counts,
-        "template": {"prompt": task.template.prompt, "target": task.template.target},
+        "template": asdict(task.template),
     }
 
 

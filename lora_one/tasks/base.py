@@ -49,10 +49,17 @@ class Verdict(TypedDict):
 
 @dataclass(frozen=True)
 class Template:
-    """The texts a row is put into, with ``str.format`` fields named as the source's columns."""
+    """The texts a row is put into, with ``str.format`` fields named as the source's columns.
+
+    Attributes:
+        prompt: Of ``Example.prompt``.
+        target: Of ``Example.target``.
+        texts: Of ``Example.texts``, which a classification head reads.
+    """
 
     prompt: str
     target: str
+    texts: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

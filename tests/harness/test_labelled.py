@@ -147,7 +147,12 @@ def test_an_encoder_with_a_head_learns_and_its_export_gives_the_same_logits(
             logits = model(**tokenizer(*example.texts, return_tensors="pt")).logits[0]
         expected = logits.log_softmax(-1).tolist()
         assert row["choice_log_probabilities"] == pytest.approx(expected, abs=1e-4)
-    assert "num_labels=2" in (folder / "adapter" / "README.md").read_text()
+        assert row["texts"] == list(example.texts)
+        assert "prompt" not in row
+    card = (folder / "adapter" / "README.md").read_text()
+    assert "num_labels=2" in card
+    assert "| texts | `'{sentence1}'`, `'{sentence2}'` |" in card
+    assert "| prompt |" not in card
 
 
 def test_a_score_is_learnt_by_regression(settings, run, roberta_folder, pairs):
