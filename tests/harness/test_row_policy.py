@@ -6,6 +6,8 @@ import pytest
 
 from lora_one.errors import InputError
 from lora_one.harness.plan import make_plan
+from lora_one.harness.splits import take_evenly
+from lora_one.tasks.base import make_example
 
 LONG = "apples " * 300  # 300 tokens: below model.max_length, beyond the tiny Llama's 256
 
@@ -130,3 +132,29 @@ def test_shots_give_way_to_the_models_context(mmlu, tokenizer, run, capsys):
 def test_an_evaluation_without_room_for_any_reply_is_refused(mmlu):
     with pytest.raises(InputError, match=r"every test prompt \(5 of 5\) fills.* 256 tokens"):
         make_plan(mmlu(300))
+
+
+def _numbered(sizes):
+    """Rows whose parts come one after the other, as files are read."""
+    return [
+        make_example(part, n, f"{part} {n}", "t", None)
+        for part, size in sizes.items()
+        for n in range(size)
+    ]
+
+
+def test_a_part_of_the_test_has_as_many_rows_of_every_subject_as_they_go():
+    examples = _numbered({"test/a": 5, "test/b": 1, "test/c": 4})
+    taken = [e.prompt for e in take_evenly(examples, 6)]
+    assert taken == ["test/a 0", "test/a 1", "test/a 2", "test/b 0", "test/c 0", "test/c 1"]
+    assert take_evenly(examples, None) == take_evenly(examples, 10) == examples
+    # Levels of MATH are no subjects, and the validation splits of MNLI are parts.
+    examples = _numbered({"test/a/5": 2, "test/a/3": 2, "test/b/5": 4})
+    assert [e.prompt for e in take_evenly(examples, 2)] == ["test/a/5 0", "test/b/5 0"]
+    examples = _numbered({"validation_matched": 3, "validation_mismatched": 3})
+    assert [e.prompt[-1] for e in take_evenly(examples, 4)] == ["0", "1", "0", "1"]
+
+
+def test_a_benchmark_in_one_part_gives_its_first_rows(small, rows):
+    first = _plan(small, rows[0]).data.test[:4]
+    assert _plan(small, rows[0], "dataset.test_rows=4").data.test == first
