@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 from torch import nn
 
@@ -32,7 +32,13 @@ class Decoding:
 
 
 class Engine(Protocol):
-    """Answers the examples of a benchmark."""
+    """Answers the examples of a benchmark.
+
+    Attributes:
+        reads_texts: It reads the texts of an example, and not the prompt.
+    """
+
+    reads_texts: bool
 
     def reply(
         self,
@@ -60,6 +66,8 @@ class TransformersEngine:
         architecture: ``causal`` or ``seq2seq``.
         batch_size: Rows decoded together; ``auto``: as many as fit.
     """
+
+    reads_texts: ClassVar[bool] = False
 
     model: nn.Module
     tokenizer: Any

@@ -32,7 +32,8 @@ class EvaluationResult:
             scorer), and ``truncated`` (fraction of replies ended by length), ``reply_tokens``
             (mean), ``seconds`` (generation and scoring), ``answers_per_second``.
         rows: JSON-ready dicts, the lines of ``predictions.jsonl``, in the order of the examples
-            and their samples: ``row_id``, ``sample`` (from 0), ``prompt``, ``reply`` (raw),
+            and their samples: ``row_id``, ``sample`` (from 0), ``prompt`` (where a head reads them,
+            ``texts`` instead), ``reply`` (raw),
             ``reference``, ``scores`` (per scorer ``parsed`` and ``correct``), ``stop_reason``,
             ``tokens`` and, where the example has choices, ``choice_log_probabilities``.
     """
@@ -115,7 +116,8 @@ def answer(
             verdicts = task.judge([reply.text for reply in replies], examples)
         made = []
         for place, reply, scores in zip(places, replies, verdicts, strict=True):
-            made.append(_row(jobs[place], reply, dict(scores), compared, score, task))
+            row = _row(jobs[place], reply, dict(scores), compared, score, task)
+            made.append(_as_read(row, jobs[place].example) if engine.reads_texts else row)
             rows[place] = made[-1]
         if on_rows is not None:
             on_rows(made)
@@ -154,6 +156,12 @@ def _row(
     if score and CHOICE in task.scorers:
         scores[CHOICE] = choice_verdict(example, compared.get(example.row_id, []))
     return row
+
+
+def _as_read(row: Row, example: Example) -> Row:
+    """Show the texts that a head has read in the place of the prompt that it has not."""
+    shown = {("texts" if key == "prompt" else key): value for key, value in row.items()}
+    return shown | {"texts": list(example.texts)}
 
 
 def choice_verdict(example: Example, log_probabilities: Sequence[float]) -> Verdict:

@@ -75,6 +75,8 @@ class HeadEngine:
         batch_size: Rows in one forward pass.
     """
 
+    reads_texts = True
+
     def __init__(self, model: nn.Module, tokenizer: Any, task: Task, batch_size: BatchSize) -> None:
         self._model = model
         self._tokenizer = tokenizer

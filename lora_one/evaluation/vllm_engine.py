@@ -58,6 +58,8 @@ class VllmEngine:
         InputError: vLLM is not installed, or has no place for the adapter's rank.
     """
 
+    reads_texts = False
+
     def __init__(
         self,
         model: str,

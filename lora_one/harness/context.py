@@ -3,7 +3,7 @@
 A training row longer than ``model.max_length`` is left out and counted; one longer than the model's
 context is refused, since the setting admits what the model cannot read. A prompt that fills the
 context cannot be left out without changing the benchmark: its reply is empty, counts as wrong, and
-is announced before the run.
+is announced before the run. Where all of them do, there is nothing to measure, and the run refused.
 """
 
 from collections.abc import Sequence
@@ -16,6 +16,13 @@ from lora_one.tasks.encoding import EncodedRows, encode_prompts
 
 # Special tokens around a text.
 _AROUND = 8
+
+
+def prompt_room(context: int | None, architecture: str, max_new_tokens: int) -> int | None:
+    """Return the longest prompt that leaves room for a whole reply; None where any does."""
+    if context is None or architecture != "causal":
+        return context  # an encoder's context is not shared with the reply
+    return context - max_new_tokens
 
 
 def require_context(context: int | None, split: str, rows: EncodedRows) -> None:
@@ -50,6 +57,20 @@ def count_filling(
     # An encoder's context is not shared with the reply.
     room = 1 if architecture == "causal" else 0
     return sum(len(ids) + room > context for ids in prompts)
+
+
+def require_room(context: int | None, filling: int, rows: int) -> None:
+    """Refuse an evaluation whose replies would all be empty.
+
+    Raises:
+        InputError: Every one of the test rows fills the context.
+    """
+    if rows and filling == rows:
+        raise InputError(
+            f"every test prompt ({rows:,} of {rows:,}) fills the model's context of {context} "
+            "tokens, so that no reply could be written and every score would be 0. Choose a model "
+            "that reads more, or give shorter prompts (fewer dataset.shots, if there are any)."
+        )
 
 
 def _bytes(example: Example, architecture: str) -> int:

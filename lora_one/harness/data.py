@@ -3,7 +3,7 @@
 import hashlib
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -12,20 +12,21 @@ from transformers import PreTrainedTokenizerBase
 from lora_one.errors import InputError
 from lora_one.evaluation.context import context_of
 from lora_one.harness.config import Config, DatasetConfig
-from lora_one.harness.context import count_filling, require_context
+from lora_one.harness.context import count_filling, prompt_room, require_context, require_room
 from lora_one.harness.models import Base
 from lora_one.harness.ranks import world_size
 from lora_one.harness.splits import Splits, count_contaminated, require_disjoint, splits
 from lora_one.harness.task_options import arguments
 from lora_one.tasks import Example, Task, create_task
 from lora_one.tasks.encoding import Collator, EncodedRows, encode
+from lora_one.tasks.mmlu import SHORTENED
 from lora_one.tasks.packed import Packed
 from lora_one.tasks.token_cache import TokenisedSplit
 
 Batch = dict[str, torch.Tensor]
 
 # Counts of a task that are no rows left out.
-_NOT_LOST = {"read", "kept", "in the other of train and validation"}
+_NOT_LOST = {"read", "kept", "in the other of train and validation", SHORTENED}
 
 
 @dataclass(frozen=True)
@@ -64,13 +65,14 @@ def load_data(config: Config, tokenizer: PreTrainedTokenizerBase, base: Base) ->
 
     Raises:
         InputError: a missing or malformed file, no row that fits ``model.max_length``, one that
-            the model cannot read, a validation row that is a training row, or a benchmark that runs
-            programs without the consent to do so.
+            the model cannot read, a validation row that is a training row, no test prompt that
+            leaves room for a reply, or a benchmark that runs programs without the consent to do so.
     """
     architecture = base.architecture
     context = context_of(base.config, architecture, tokenizer)
     task = make_task(config.dataset)
     require_consent(config, task)
+    task.prompt_room = prompt_room(context, architecture, config.dataset.max_new_tokens)
     train, validation = None, None
     with splits(config, task, tokenizer, architecture) as source:
         if config.learns:
@@ -79,6 +81,8 @@ def load_data(config: Config, tokenizer: PreTrainedTokenizerBase, base: Base) ->
             require_context(context, "training", train.encoded)
             require_context(context, "validation", validation.encoded)
         test = source.load_test()
+    filling = count_filling(context, test, tokenizer, architecture)
+    require_room(context, filling, len(test))
     if validation is not None:
         probe = validation.encoded.rows[:2]
     else:
@@ -90,8 +94,7 @@ def load_data(config: Config, tokenizer: PreTrainedTokenizerBase, base: Base) ->
         None if validation is None else validation.encoded,
         test,
         probe,
-        _facts(task, train, validation, test)
-        | {"test_prompts_too_long": count_filling(context, test, tokenizer, architecture)},
+        _facts(task, train, validation, test) | {"test_prompts_too_long": filling},
         source,
     )
 
@@ -155,7 +158,7 @@ def _facts(
         "test_row_ids_sha256": _hash([example.row_id for example in test]),
         "sources": task.sources,
         "counts": task.counts,
-        "template": {"prompt": task.template.prompt, "target": task.template.target},
+        "template": asdict(task.template),
     }
 
 
@@ -170,6 +173,8 @@ def remarks(facts: Mapping[str, Any], max_length: int) -> list[str]:
         reasons = [f"{n:,} {why}" for why, n in counts.items() if n and why not in _NOT_LOST]
         if reasons:
             said.append(f"{split}: left out of {counts['read']:,} rows read: {', '.join(reasons)}")
+        if counts.get(SHORTENED):
+            said.append(f"{split}: {counts[SHORTENED]:,} of {counts['read']:,} {SHORTENED}")
     for split, dropped in facts["dropped_too_long"].items():
         if dropped:
             total = dropped + facts["rows"][split]

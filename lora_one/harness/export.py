@@ -116,8 +116,10 @@ def write_card(config: Config, folder: Path, facts: dict[str, Any]) -> None:
     trained = f"trained with `{config.optimizer.name}` on `{config.dataset.name}`"
     if not config.trains:
         trained = "not trained (train=none)"
-    outputs = ""
+    template = facts["data"]["template"]
+    outputs, read = "", f"| prompt | `{template['prompt']!r}` |"
     if facts["architecture"] == "classification":
+        read = f"| texts | {', '.join(f'`{text!r}`' for text in template['texts'])} |"
         # One for each label; a score's head has a single one.
         outputs = f", num_labels={len(TASKS[config.dataset.name].labels) or 1}"
     lines = [
@@ -143,7 +145,7 @@ def write_card(config: Config, folder: Path, facts: dict[str, Any]) -> None:
         "| | |",
         "|---|---|",
         f"| base weights | `{facts['model']['fingerprint']}` |",
-        f"| prompt | `{facts['data']['template']['prompt']!r}` |",
+        read,
         f"| training rows | {facts['data']['rows']['train']} |",
         f"| steps | {facts['train']['steps']} |",
         *_result_lines(facts),

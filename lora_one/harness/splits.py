@@ -3,6 +3,7 @@
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import islice, zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -81,7 +82,7 @@ class Splits:
     def load_test(self) -> list[Example]:
         """Return the rows to answer, which are not encoded here."""
         examples = self.task.load("test", count_tokens=self._count)
-        return examples[: self.config.dataset.test_rows]
+        return take_evenly(examples, self.config.dataset.test_rows)
 
     def save(self) -> None:
         """Keep what was encoded, for the next run.
@@ -156,6 +157,25 @@ def select(examples: Sequence[Example], limit: int | None, dataset: DatasetConfi
     if not has_order(dataset.name):
         random.Random(dataset.seed).shuffle(examples)
     return examples[:limit]
+
+
+def take_evenly(examples: Sequence[Example], limit: int | None) -> list[Example]:
+    """Take ``limit`` rows, as many of every part as of the others, as far as they go.
+
+    A part is a subject or a source of a benchmark that joins several, which the row id names before
+    the position. Parts take turns in the order in which they begin, and give their first rows; of a
+    benchmark in one part these are its first ``limit``. The rows stay in order.
+    """
+    if limit is None or limit >= len(examples):
+        return list(examples)
+    parts: dict[str, list[int]] = {}
+    for place, example in enumerate(examples):
+        # "test/<subject>/12-3f9a0c1b", and of MATH "test/<subject>/<level>/12-3f9a0c1b".
+        part = "/".join(example.row_id.split("/")[:-1][:2])
+        parts.setdefault(part, []).append(place)
+    turns = (place for turn in zip_longest(*parts.values()) for place in turn)
+    taken = islice((place for place in turns if place is not None), limit)
+    return [examples[place] for place in sorted(taken)]
 
 
 def require_disjoint(train: TokenisedSplit, validation: TokenisedSplit) -> None:

@@ -163,7 +163,13 @@ def export(config: Config, plan: Plan, model: Any, record: RunRecord) -> None:
     record.update(export=facts)
     difference = facts["largest_logit_difference"]
     if difference is not None:
-        say(f"export: rank {facts['rank']}, reloaded logits differ by at most {difference:.1e}")
+        say(f"export: rank {facts['rank']}, {_compared(difference)}")
+
+
+def _compared(difference: float) -> str:
+    if difference == 0:
+        return "the reloaded adapter gives the same logits"
+    return f"the reloaded adapter's logits differ by at most {difference:.1e}"
 
 
 def describe_export(config: Config, record: RunRecord) -> None:

@@ -49,10 +49,17 @@ class Verdict(TypedDict):
 
 @dataclass(frozen=True)
 class Template:
-    """The texts a row is put into, with ``str.format`` fields named as the source's columns."""
+    """The texts a row is put into, with ``str.format`` fields named as the source's columns.
+
+    Attributes:
+        prompt: Of ``Example.prompt``.
+        target: Of ``Example.target``.
+        texts: Of ``Example.texts``, which a classification head reads.
+    """
 
     prompt: str
     target: str
+    texts: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -85,6 +92,9 @@ class Task(ABC):
         score_range: Where the answer is a number instead, its ends: such a head has one output.
         counts: Filled by ``load``: per split, the rows read, kept and left out, and why.
         sources: Filled by ``load``: per split, the file and its SHA-256, or hub id and revision.
+        prompt_room: Longest test prompt, in tokens, that leaves the model room for a whole reply;
+            set before ``load("test")`` by whoever knows the model, and heeded by a task that can
+            shorten its prompts. None is no limit.
     """
 
     name: ClassVar[str]
@@ -99,6 +109,7 @@ class Task(ABC):
     def __init__(self) -> None:
         self.counts: dict[str, dict[str, int]] = {}
         self.sources: dict[str, dict[str, Any]] = {}
+        self.prompt_room: int | None = None
 
     @abstractmethod
     def load(self, split: Split, *, count_tokens: CountTokens | None = None) -> list[Example]:

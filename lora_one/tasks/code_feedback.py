@@ -133,11 +133,7 @@ class CodeFeedback(Task):
         selected = self._selected[1]
         examples = selected.train if split == "train" else selected.validation
         if not examples:
-            raise InputError(
-                f"{self.origin().location}: no row is left for {split} (training has "
-                f"{len(selected.train)}; counted: {selected.counts}); set dataset.train_rows below "
-                "the number of rows that pass the filter"
-            )
+            raise InputError(f"{self.origin().location}: {selected.nothing_for(split)}")
         return examples
 
     def score(self, reply: str, example: Example) -> dict[str, Verdict]:

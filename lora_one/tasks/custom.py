@@ -59,7 +59,8 @@ class Custom(Task):
         reference: Column with the answer that a reply is compared with; None is the whole target.
         answer_pattern: Regular expression that finds the answer in a reply.
         stop: Texts that end a reply; None is a line that begins as the prompt does.
-        held_out_rows: Prompts held out of the training rows for validation.
+        held_out_rows: Prompts held out of the training rows for validation; None: a tenth, at most
+            500.
         split_seed: Seed of that choice.
     """
 
@@ -81,7 +82,7 @@ class Custom(Task):
         reference: str | None = None,
         answer_pattern: str | None = None,
         stop: list[str] | None = None,
-        held_out_rows: int = 500,
+        held_out_rows: int | None = None,
         split_seed: int = 0,
     ) -> None:
         super().__init__()
@@ -137,7 +138,13 @@ class Custom(Task):
         if not own:
             # The prompt says what a row asks, whatever its columns are called.
             prompts = [Row(example.row_id, {"prompt": example.prompt}) for example in examples]
-            train, held_out = hold_out(prompts, self._held_out_rows, self._split_seed, "prompt")
+            train, held_out = hold_out(
+                prompts,
+                self._held_out_rows,
+                self._split_seed,
+                "prompt",
+                "rows of their own with dataset.validation_path=<file>",
+            )
             chosen = train if split == "train" else held_out
             self.counts[split]["in the other of train and validation"] = len(examples) - len(chosen)
             examples = [examples[index] for index in chosen]

@@ -21,6 +21,8 @@ from lora_one.tasks.packed import Packed, PackedRows
 Architecture = Literal["causal", "seq2seq"]
 # What can be trained: a language model, or an encoder with a classification head.
 TrainedArchitecture = Literal["causal", "seq2seq", "classification"]
+# Texts counted at a time: a fast tokenizer keeps kilobytes of offsets for each until it is done.
+_COUNTED = 2000
 IGNORED = -100  # the label that torch's cross entropy and the Hugging Face Trainer skip
 
 
@@ -192,7 +194,8 @@ def token_counter(tokenizer: Any) -> CountTokens:
     """Return a function that counts the tokens of texts, special tokens included."""
 
     def count(texts: list[str]) -> list[int]:
-        return [len(ids) for ids in _ids(tokenizer, texts, special=True)]
+        parts = (texts[start : start + _COUNTED] for start in range(0, len(texts), _COUNTED))
+        return [len(ids) for part in parts for ids in _ids(tokenizer, part, special=True)]
 
     return count
 

@@ -5,6 +5,7 @@ from pathlib import Path
 from lora_one.tasks.base import CountTokens, Example, Origin, Split, check_split
 from lora_one.tasks.grade_school import GradeSchoolTask
 from lora_one.tasks.rows import (
+    OWN_VALIDATION,
     Rows,
     find_split_file,
     has_split_file,
@@ -71,7 +72,9 @@ class GSM8K(GradeSchoolTask):
         read = self._read(source_split)
         indices = list(range(len(read.rows)))
         if not own_file:
-            kept, held_out = hold_out(read.rows, self._held_out_rows, self._split_seed)
+            kept, held_out = hold_out(
+                read.rows, self._held_out_rows, self._split_seed, own_file=OWN_VALIDATION
+            )
             indices = kept if split == "train" else held_out
         examples = [
             self.example_from_row(

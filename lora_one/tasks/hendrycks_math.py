@@ -32,6 +32,7 @@ from lora_one.tasks.math_answers import (
 from lora_one.tasks.math_equivalence import Compared, Equivalence, require_math_verify
 from lora_one.tasks.reads import note_file
 from lora_one.tasks.rows import (
+    OWN_VALIDATION,
     Row,
     Rows,
     find_split_file,
@@ -147,7 +148,7 @@ class HendrycksMath(Task):
         indices = list(range(len(read.rows)))
         if not own:
             kept, held_out = hold_out(
-                read.rows, self._held_out_rows, self._split_seed, column="problem"
+                read.rows, self._held_out_rows, self._split_seed, "problem", OWN_VALIDATION
             )
             indices = kept if split == "train" else held_out
         local_500 = self._folder is not None and self._test_set == "math500"

@@ -49,6 +49,7 @@ class InstructionTask(Task):
 
     def load_test(self, split: Split, count_tokens: CountTokens | None) -> list[Example]:
         """Read MMLU's split of that name."""
+        self.test.prompt_room = self.prompt_room
         examples = self.test.load(split, count_tokens=count_tokens)
         self.sources[split] = self.test.sources[split]
         self.counts[split] = self.test.counts[split]

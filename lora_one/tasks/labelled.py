@@ -31,8 +31,6 @@ from lora_one.tasks.rows import (
 )
 
 _NUMBER = re.compile(r"\d+(\.\d+)?")
-# Where nothing else is asked for, a tenth of the training rows is held out, but no more than this.
-_MOST_HELD_OUT = 500
 
 
 @dataclass(frozen=True)
@@ -147,9 +145,7 @@ class LabelledText(Task):
         first = next(iter(self.subtask.columns))
         # Named, since a blank text is a row like any other: Quora's pairs have a few.
         keys = [Row(row.place, {"key": f"{first}: {row.fields[first]}"}) for row in rows]
-        distinct = len({row.fields[first] for row in rows})
-        held_out_rows = self._held_out_rows or max(1, min(_MOST_HELD_OUT, distinct // 10))
-        kept, held_out = hold_out(keys, held_out_rows, self._split_seed, "key")
+        kept, held_out = hold_out(keys, self._held_out_rows, self._split_seed, "key")
         indices = kept if split == "train" else held_out
         self.sources[split] = self._train.source
         self.counts[split] = {
@@ -357,7 +353,7 @@ def task_class(subtask: Subtask, hub_id: str, source: str) -> type[LabelledText]
             "name": subtask.name,
             "subtask": subtask,
             "hub_id": hub_id,
-            "template": Template(prompt=subtask.prompt, target="{label}"),
+            "template": Template(subtask.prompt, "{label}", subtask.texts),
             "labels": subtask.labels,
             "score_range": subtask.score_range,
             "scorers": ("exact", "choice") if subtask.labels else ("exact",),

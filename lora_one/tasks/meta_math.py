@@ -19,7 +19,13 @@ from lora_one.tasks.grade_school import GradeSchoolTask
 from lora_one.tasks.gsm8k import GSM8K
 from lora_one.tasks.hendrycks_math import HendrycksMath
 from lora_one.tasks.rows import Row, Rows, hub_cache_holds, read_file, read_hub
-from lora_one.tasks.selection import Selection, in_order, select_by_group, select_in_order
+from lora_one.tasks.selection import (
+    Selection,
+    counted,
+    in_order,
+    select_by_group,
+    select_in_order,
+)
 
 HUB_ID = "meta-math/MetaMathQA"
 REVISION = "aa4f34d3d2d3231299b5b03d9b3e5a20da45aa18"
@@ -136,7 +142,7 @@ class MetaMath(GradeSchoolTask):
         if not selected.validation:
             raise InputError(
                 f"{self.origin().location}: training takes {len(selected.train)} rows, which "
-                f"leaves none for validation (left out: {_counted(selected.counts)}); set "
+                f"leaves none for validation (left out: {counted(selected.counts)}); set "
                 f"dataset.train_rows below {len(selected.train)}"
             )
         return selected.validation
@@ -170,7 +176,7 @@ class MetaMath(GradeSchoolTask):
         if not selected.train:
             raise InputError(
                 f"{self.origin().location}: no row passes the filter; "
-                f"left out: {_counted(selected.counts)}"
+                f"left out: {counted(selected.counts)}"
             )
         if self._full:
             groups = [read.rows[_position(e)].text("original_question") for e in selected.train]
@@ -219,8 +225,3 @@ class MetaMath(GradeSchoolTask):
 def _position(example: Example) -> int:
     """Return the position in the source that the row id states."""
     return int(example.row_id.split("/")[1].split("-")[0])
-
-
-def _counted(counts: Mapping[str, int]) -> str:
-    left_out = [f"{n} {reason}" for reason, n in counts.items() if reason != "read"]
-    return f"{', '.join(left_out) or 'none'}; of {counts['read']} rows read"

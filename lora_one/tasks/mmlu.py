@@ -1,7 +1,8 @@
 """MMLU (Hendrycks et al. 2021, arXiv:2009.03300): four-choice questions in 57 subjects."""
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, Literal
 
@@ -33,6 +34,8 @@ HUB_CONFIG = "all"
 REVISION = "c30699e8356da336a370243923dbaf21066bb9fe"
 LETTERS = ("A", "B", "C", "D")
 SHOTS = (0, 1, 2, 3, 4, 5)
+# Counts prompts that would have been too long with all their shots.
+SHORTENED = "prompts shortened to fewer shots"
 
 _COLUMNS = ("question", *LETTERS, "answer")
 # The split's folder and file suffix in the original archive, and its name on the hub.
@@ -64,9 +67,9 @@ class MMLU(Task):
     Args:
         path: Folder with local files; None reads ``cais/mmlu``, config ``all``, from the hub.
         shots: Answered questions before each, 0 to 5.
-        max_prompt_tokens: A prompt with more tokens has as many of its last answered questions
-            taken away as needed, as the authors do; the rows that this touches are counted. None:
-            never.
+        max_prompt_tokens: A prompt with more tokens, or more than ``prompt_room``, has as many of
+            its last answered questions taken away as needed, as the authors do; the rows that this
+            touches are counted. None: only where the model's context asks for it.
         revision: Commit, tag or branch of the hub dataset; None is the pinned commit.
     """
 
@@ -122,28 +125,27 @@ class MMLU(Task):
         read = self._read(split)
         shown = self._shown()
         questions = [_question(row) for row in read.rows]
-        prompts = [self._prompts(question, shown) for question in questions]
-        chosen = self._that_fit(prompts, count_tokens)
+        chosen = self._that_fit(questions, shown, count_tokens)
         self.sources[split] = read.source
         self.counts[split] = {"read": len(read.rows), "kept": len(read.rows)}
-        if self._shots:
-            fewer = sum(self._shots > shots for shots in chosen)
-            self.counts[split][f"fewer than {self._shots} shots"] = fewer
         positions: dict[str, int] = {}
-        examples = []
-        for question, prompt, shots in zip(questions, prompts, chosen, strict=True):
+        examples, shortened = [], 0
+        for question, shots in zip(questions, chosen, strict=True):
             subject = question["subject"]
+            shortened += len(shots) < len(shown.get(subject, ()))
             index = positions[subject] = positions.get(subject, -1) + 1
             examples.append(
                 make_example(
                     f"{split}/{subject}",
                     index,
-                    prompt(shots),
+                    self._prompt(question, shots),
                     self.template.target.format(answer=question["answer"]),
                     question["answer"],
                     tuple(self.template.target.format(answer=letter) for letter in LETTERS),
                 )
             )
+        if self._shots:
+            self.counts[split][SHORTENED] = shortened
         return examples
 
     def score(self, reply: str, example: Example) -> dict[str, Verdict]:
@@ -164,47 +166,49 @@ class MMLU(Task):
         macro = {"accuracy_macro": sum(by_subject.values()) / len(by_subject)} if rows else {}
         return super().summarise(rows) | macro | by_category | by_subject
 
-    def _prompts(
-        self, question: Mapping[str, str], shown: Mapping[str, Sequence[str]]
-    ) -> Callable[[int], str]:
-        """Return the function that writes the prompt of a question with so many shots."""
-        subject = question["subject"]
-
-        def write(shots: int) -> str:
-            return self.template.prompt.format(
-                **{key: value for key, value in question.items() if key != "subject"},
-                subject=subject.replace("_", " "),
-                shots="".join(shown.get(subject, ())[:shots]),
-            )
-
-        return write
+    def _prompt(self, question: Mapping[str, str], shots: Sequence[str]) -> str:
+        fields = {**question, "subject": question["subject"].replace("_", " ")}
+        return self.template.prompt.format(**fields, shots="".join(shots))
 
     def _that_fit(
-        self, prompts: Sequence[Callable[[int], str]], count_tokens: CountTokens | None
-    ) -> list[int]:
-        """Return the shots of each prompt."""
-        chosen = [self._shots] * len(prompts)
-        limit = self._max_prompt_tokens
-        if not self._shots or limit is None:
-            return chosen
+        self,
+        questions: Sequence[Mapping[str, str]],
+        shown: Mapping[str, Sequence[str]],
+        count_tokens: CountTokens | None,
+    ) -> list[Sequence[str]]:
+        """Return the shots of each question.
+
+        A question with its header, and each shot, is tokenised once, and the length of a prompt is
+        taken to be their sum. It is an upper bound: one token is added for every border, since a
+        tokenizer may cut there otherwise than within a text (GPT-2's cuts two line ends apart
+        before a letter), and the special tokens count once.
+        """
+        limits = [n for n in (self._max_prompt_tokens, self.prompt_room) if n is not None]
+        if not self._shots or not limits:
+            return [shown.get(question["subject"], ()) for question in questions]
+        limit = min(limits)
         if count_tokens is None:
             raise InputError(
-                f"dataset.max_prompt_tokens={limit} takes answered questions away by length, which "
-                "needs a tokenizer: pass count_tokens=, or max_prompt_tokens=None"
+                f"prompts of at most {limit} tokens (dataset.max_prompt_tokens, or the model's "
+                "context) lose answered questions by length, which needs a tokenizer: pass "
+                "count_tokens=, or max_prompt_tokens=None"
             )
-        open_rows = range(len(prompts))
-        while open_rows:
-            lengths = count_tokens([prompts[row](chosen[row]) for row in open_rows])
-            too_long = [
-                r for r, n in zip(open_rows, lengths, strict=True) if n > limit and chosen[r]
-            ]
-            for row in too_long:
-                chosen[row] -= 1
-            open_rows = too_long
+        (special,) = count_tokens([""])
+        # Of the first so many shots of a subject: the tokens that they add.
+        added = {
+            subject: list(accumulate(n - special + 1 for n in count_tokens(shots)))
+            for subject, shots in shown.items()
+        }
+        bare = count_tokens([self._prompt(question, ()) for question in questions])
+        chosen = []
+        for question, length in zip(questions, bare, strict=True):
+            subject = question["subject"]
+            fitting = sum(length + more <= limit for more in added.get(subject, ()))
+            chosen.append(shown.get(subject, ())[:fitting])
         return chosen
 
     def _shown(self) -> dict[str, list[str]]:
-        """Return the answered questions of each subject, in the order of ``dev``."""
+        """Return the shots of each subject: its first questions of ``dev``, answered."""
         shown: dict[str, list[str]] = {}
         if not self._shots:
             return shown
@@ -212,7 +216,7 @@ class MMLU(Task):
         for row in self._read("dev").rows:
             question = _question(row)
             shown.setdefault(question["subject"], []).append(form.format(**question))
-        return shown
+        return {subject: texts[: self._shots] for subject, texts in shown.items()}
 
     def _read(self, split: str) -> Rows:
         if self._folder is None:

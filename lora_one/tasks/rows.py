@@ -18,6 +18,10 @@ from lora_one.tasks.tables import read_comma_separated, read_parquet, read_tab_s
 # In the order in which a folder is searched; .txt is tab-separated, as MRPC comes.
 _TEXT_SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".txt")
 SUFFIXES = (".jsonl", ".json", ".jsonl.gz", ".csv", ".tsv", ".parquet")
+# How gsm8k and math take validation rows that are not held out.
+OWN_VALIDATION = "validation rows of their own in the folder of dataset.path"
+# Where nothing else is asked for, a tenth of the training rows is held out, but no more than this.
+_MOST_HELD_OUT = 500
 # Many a .json file on the hub has one object a line.
 _SEVERAL_OBJECTS = re.compile(r"\s*\{[^\n]*\}\s*\n\s*\{")
 
@@ -181,12 +185,23 @@ def read_hub(hub_id: str, config: str | None, split: str, revision: str | None) 
 
 
 def hold_out(
-    rows: list[Row], held_out: int, seed: int, column: str = "question"
+    rows: list[Row],
+    held_out: int | None,
+    seed: int,
+    column: str = "question",
+    own_file: str | None = None,
 ) -> tuple[list[int], list[int]]:
     """Split row positions into (kept, held out), by a seeded hash of each question.
 
     A question belongs to one side whatever its position in the file and however often it occurs,
     so no question is in both. The ``held_out`` questions with the smallest hash are held out.
+
+    Args:
+        rows: The training rows.
+        held_out: ``dataset.held_out_rows``; None is a tenth of the questions, at most 500.
+        seed: Seed of the hash.
+        column: Where a row has its question.
+        own_file: How validation rows are given instead, where the benchmark takes any.
 
     Raises:
         InputError: No row would be left to train on, or none held out.
@@ -197,10 +212,15 @@ def hold_out(
 
     keys = [key(row) for row in rows]
     distinct = sorted(set(keys))
+    if held_out is None:
+        held_out = max(1, min(_MOST_HELD_OUT, len(distinct) // 10))
     if not 0 < held_out < len(distinct):
+        remedies = ["give more training rows"] if own_file is None else [f"give {own_file}"]
+        if len(distinct) > 1:
+            remedies.insert(0, f"set dataset.held_out_rows to 1 to {len(distinct) - 1}")
         raise InputError(
             f"cannot hold out {held_out} of {len(distinct)} training questions for validation: "
-            "give more training rows, or a validation.jsonl beside the training file"
+            f"{', or '.join(remedies)}"
         )
     chosen = set(distinct[:held_out])
     kept = [index for index, this in enumerate(keys) if this not in chosen]

@@ -1,6 +1,6 @@
 """Which rows of one source train and which validate; no question is on both sides."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from random import Random
@@ -33,6 +33,21 @@ class Selection:
     def counts_of(self, split: str) -> dict[str, int]:
         """Return the counts of one split, ``kept`` included."""
         return {**self.counts, "kept": len(getattr(self, split))}
+
+    def nothing_for(self, split: str) -> str:
+        """Say why a split has no row, and what to do."""
+        below = max(len(self.train), 1)
+        return (
+            f"no row is left for {split}: training takes {len(self.train)} (left out: "
+            f"{counted(self.counts)}); "
+            + (f"set dataset.train_rows below {below}" if below > 1 else "give more rows")
+        )
+
+
+def counted(counts: Mapping[str, int]) -> str:
+    """Write ``Selection.counts`` in words."""
+    left_out = [f"{n} for '{reason}'" for reason, n in counts.items() if n and reason != "read"]
+    return f"{', '.join(left_out) or 'none'}; of {counts['read']} rows read"
 
 
 def select_in_order(

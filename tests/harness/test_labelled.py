@@ -114,7 +114,7 @@ def test_a_tiny_t5_learns_the_label_words_of_real_sst2_rows(settings, run, t5_fo
 
 @pytest.mark.parametrize("init", ["lora_one", "lora_ga", "pissa", "lora"])
 def test_an_encoder_with_a_head_learns_and_its_export_gives_the_same_logits(
-    settings, run, roberta_folder, pairs, init
+    settings, run, roberta_folder, pairs, init, capsys
 ):
     config = settings(
         roberta_folder,
@@ -129,7 +129,12 @@ def test_an_encoder_with_a_head_learns_and_its_export_gives_the_same_logits(
     record = run(config)
     assert record["architecture"] == "classification"
     assert record["losses"]["validation"] < record["losses"]["base_validation"]
-    assert record["export"]["largest_logit_difference"] < 1e-4
+    difference = record["export"]["largest_logit_difference"]
+    assert difference < 1e-4
+    said = (
+        "gives the same logits" if difference == 0 else f"logits differ by at most {difference:.1e}"
+    )
+    assert said in capsys.readouterr().out
     metrics = record["metrics"]
     assert metrics["accuracy_exact"] == metrics["accuracy_choice"]
     assert metrics["unparsed"] == 0
@@ -148,7 +153,12 @@ def test_an_encoder_with_a_head_learns_and_its_export_gives_the_same_logits(
             logits = model(**tokenizer(*example.texts, return_tensors="pt")).logits[0]
         expected = logits.log_softmax(-1).tolist()
         assert row["choice_log_probabilities"] == pytest.approx(expected, abs=1e-4)
-    assert "num_labels=2" in (folder / "adapter" / "README.md").read_text()
+        assert row["texts"] == list(example.texts)
+        assert "prompt" not in row
+    card = (folder / "adapter" / "README.md").read_text()
+    assert "num_labels=2" in card
+    assert "| texts | `'{sentence1}'`, `'{sentence2}'` |" in card
+    assert "| prompt |" not in card
 
 
 def test_a_score_is_learnt_by_regression(settings, run, roberta_folder, pairs):

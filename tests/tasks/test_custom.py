@@ -33,6 +33,26 @@ def test_templates_name_columns_and_a_line_end(file):
     assert task.stop_strings == ("\nQ:",)
 
 
+@pytest.mark.parametrize(("rows", "held_out"), [(2, 1), (19, 1), (117, 11), (6000, 500)])
+def test_a_tenth_is_held_out_but_500_rows_at_most(tmp_path, rows, held_out):
+    path = tmp_path / "my.jsonl"
+    path.write_text(_lines([{"question": f"{n}?", "answer": n} for n in range(rows)]))
+    task = create_task("custom", path=path, **QUESTION)
+    assert len(task.load("validation")) == held_out
+    assert len(task.load("train")) == rows - held_out
+
+
+def test_rows_that_cannot_be_held_out_are_refused_with_the_options_that_help(file, tmp_path):
+    with pytest.raises(
+        InputError,
+        match=r"hold out 12 of 12 .*dataset\.held_out_rows to 1 to 11, .*dataset\.validation_path=",
+    ):
+        create_task("custom", path=file, held_out_rows=12, **QUESTION).load("train")
+    (tmp_path / "one.jsonl").write_text(_lines([{"question": "1?", "answer": 1}]))
+    with pytest.raises(InputError, match=r"1 of 1 training questions for validation: give rows of"):
+        create_task("custom", path=tmp_path / "one.jsonl", **QUESTION).load("train")
+
+
 def test_braces_in_rows_and_doubled_braces_are_text(tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_text(_lines([{"a": "{b} {a.__class__}", "b": "{{"}] * 2 + [{"a": "x", "b": "y"}]))

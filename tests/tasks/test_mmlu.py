@@ -7,6 +7,7 @@ import pytest
 
 from lora_one.errors import InputError
 from lora_one.tasks import create_task
+from lora_one.tasks.encoding import token_counter
 from lora_one.tasks.mmlu_subjects import CATEGORIES
 
 SHARED = Path(__file__).resolve().parents[3] / "shared" / "data"
@@ -55,18 +56,51 @@ def test_a_prompt_over_the_limit_loses_its_last_shots_and_is_counted(folder):
         return [len(text) for text in texts]
 
     full = create_task("mmlu", path=folder, shots=5, max_prompt_tokens=None).load("test")
-    limit = len(full[1].prompt)  # the first question is longer, the religions' shots as well
+    # The first question is longer than the second; each of five borders may cost a token.
+    limit = len(full[1].prompt) + 5
     task = create_task("mmlu", path=folder, shots=5, max_prompt_tokens=limit)
     examples = task.load("test", count_tokens=count)
     assert [e.prompt.count("Answer: ") for e in examples] == [4, 5, 5, 5]
     assert "college_physics 3?" in examples[0].prompt
     assert "college_physics 4?" not in examples[0].prompt
-    assert task.counts["test"] == {"read": 4, "kept": 4, "fewer than 5 shots": 1}
+    assert task.counts["test"] == {"read": 4, "kept": 4, "prompts shortened to fewer shots": 1}
     unlimited = create_task("mmlu", path=folder, shots=5, max_prompt_tokens=1)
     bare = [e.prompt.count("Answer: ") for e in unlimited.load("test", count_tokens=count)]
     assert bare == [0, 0, 0, 0]  # a question is never cut
     with pytest.raises(InputError, match="needs a tokenizer"):
         task.load("test")
+
+
+def test_every_text_is_tokenised_once_and_no_prompt_is_over_the_limit(folder, make_tokenizer):
+    _write(folder, "test", "world_religions", [f"{'r ' * n}?,1,2,3,4,A" for n in range(40)])
+    count, tokenised = token_counter(make_tokenizer("<s> $A")), []
+
+    def counted(texts):
+        tokenised.extend(texts)
+        return count(texts)
+
+    lengths = []
+    for limit in (200, 300, 400):
+        task = create_task("mmlu", path=folder, shots=5, max_prompt_tokens=limit)
+        examples = task.load("test", count_tokens=counted)
+        lengths += [
+            (n, limit)
+            for n, e in zip(count([e.prompt for e in examples]), examples, strict=True)
+            if "Answer: " in e.prompt
+        ]
+        assert len(tokenised) == 1 + 2 * 5 + 42  # the empty text, the shots, the questions
+        tokenised.clear()
+    assert lengths
+    assert all(n <= limit for n, limit in lengths)
+
+
+def test_a_prompt_leaves_room_in_the_model_whatever_its_own_limit(folder):
+    full = create_task("mmlu", path=folder, shots=5, max_prompt_tokens=None).load("test")
+    for limit in (None, 10_000):
+        task = create_task("mmlu", path=folder, shots=5, max_prompt_tokens=limit)
+        task.prompt_room = len(full[1].prompt) + 5
+        examples = task.load("test", count_tokens=lambda texts: [len(text) for text in texts])
+        assert [e.prompt.count("Answer: ") for e in examples] == [4, 5, 5, 5]
 
 
 LETTERS = {

@@ -90,7 +90,7 @@ def test_a_validation_file_of_the_user_is_taken_as_it_is(small_gsm8k):
 
 
 def test_too_few_rows_to_hold_out_are_an_error(small_gsm8k):
-    with pytest.raises(InputError, match="cannot hold out 500 of 40 training questions"):
+    with pytest.raises(InputError, match=r"500 of 40 .* dataset\.held_out_rows to 1 to 39"):
         create_task("gsm8k", path=small_gsm8k).load("train")
 
 
@@ -190,7 +190,7 @@ def test_an_unknown_task_option_and_split_name_the_nearest():
 
 
 def test_every_registered_task_can_be_created_and_located_without_network():
-    for name in TASKS:
+    for name in TASKS.keys() - {"custom"}:  # which has no rows but those it is given
         origin = create_task(name).origin()
         assert origin.kind in ("embedded", "hub")
         assert isinstance(origin.available_offline, bool)
