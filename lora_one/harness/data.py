@@ -158,7 +158,7 @@ def _facts(
         "test_row_ids_sha256": _hash([example.row_id for example in test]),
         "sources": task.sources,
         "counts": task.counts,
-        "template": asdict(task.template),
+        "template": asdict(task.template) | {"texts": list(task.template.texts)},
     }
 
 
