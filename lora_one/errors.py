@@ -28,3 +28,17 @@ class NotPreparedError(InputError):
 
 class NonFiniteError(FloatingPointError):
     """A loss, gradient or weight is infinite or not a number; the message says where."""
+
+
+class RunHeldError(InputError):
+    """Another live process is doing this run; the message says which, and where.
+
+    The command line turns it into exit status 75: try again later.
+    """
+
+
+class PreemptedError(Exception):
+    """The run was asked to stop and did, with what it has done kept; the message says by whom.
+
+    The command line turns it into exit status 75: the same command goes on where it stopped.
+    """

@@ -1,7 +1,7 @@
 """The command line: official spellings, Hydra's flags, one run or a sweep, errors as exit status.
 
 Exit status: 0 done, 2 bad input (one message, nothing written), 1 the run failed (its record says
-why), 130 interrupted.
+why), 75 not finished (preempted, or another process is at it: try again), 130 interrupted.
 """
 
 import shlex
@@ -14,10 +14,17 @@ from typing import Any
 import hydra
 from hydra._internal.utils import get_args_parser
 
-from lora_one.errors import InputError, NonFiniteError, NotPreparedError
+from lora_one.errors import (
+    InputError,
+    NonFiniteError,
+    NotPreparedError,
+    PreemptedError,
+    RunHeldError,
+)
 from lora_one.harness import sweep
 from lora_one.harness.compose import Point, compose_config, composer, expand
 from lora_one.harness.config import Config
+from lora_one.harness.exit_status import BAD_INPUT, DONE, FAILED, INTERRUPTED, TRY_AGAIN
 from lora_one.harness.published import translate
 from lora_one.harness.ranks import is_main, require_ranks
 
@@ -52,7 +59,7 @@ def launch(run: Run, conf: Path, program: str, arguments: list[str] | None = Non
         if multirun:
             return sweep.run_points(points, program)
         run(points[0].config)
-        return 0
+        return DONE
 
     return _guarded(conf, arguments, act)
 
@@ -63,7 +70,7 @@ def launch_together(run: RunTogether, conf: Path, arguments: list[str] | None = 
 
     def act(points: list[Point], _: bool) -> int:
         run([point.config for point in points])
-        return 0
+        return DONE
 
     # Where things are being prepared, the advice to prepare them would help nobody.
     return _guarded(conf, arguments, act, advise=False)
@@ -78,16 +85,22 @@ def _guarded(conf: Path, arguments: list[str], act: Act, *, advise: bool = True)
             f" Prepare it where there is a network: {prepare_command(arguments)}" if advise else ""
         )
         _complain(f"error: {str(error).rstrip('.')}.{advice}")
-        return 2
+        return BAD_INPUT
+    except RunHeldError as error:
+        _complain(f"not done: {error}")
+        return TRY_AGAIN
     except InputError as error:
         _complain(f"error: {error}")
-        return 2
+        return BAD_INPUT
+    except PreemptedError as error:
+        _complain(f"preempted: {error}")
+        return TRY_AGAIN
     except NonFiniteError as error:
         _complain(f"failed: {error}")
-        return 1
+        return FAILED
     except KeyboardInterrupt:
         _complain("interrupted")
-        return 130
+        return INTERRUPTED
 
 
 def prepare_command(arguments: Sequence[str]) -> str:

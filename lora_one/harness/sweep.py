@@ -10,10 +10,9 @@ from pathlib import Path
 
 from lora_one.harness.compose import Point
 from lora_one.harness.console import say
+from lora_one.harness.exit_status import BAD_INPUT, DONE, FAILED, INTERRUPTED
 from lora_one.harness.folder import finished_record, run_id, write_atomically
 from lora_one.harness.ranks import is_main
-
-DONE, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
 
 
 def run_points(points: Sequence[Point], program: str) -> int:
