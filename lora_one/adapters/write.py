@@ -24,6 +24,7 @@ from lora_one.layers import (
     write_base_weight,
 )
 from lora_one.numerics.factors import METHODS, SCALES, Factors, Layer, Method, clip_to_weight
+from lora_one.numerics.svd import Summands
 
 _STATE = "lora_one_initial_state"
 
@@ -128,8 +129,20 @@ def check_layers(layers: list[AdaptedLayer], options: Options) -> None:
             )
 
 
-def compute_factors(layer: AdaptedLayer, options: Options, gradient: Tensor | None) -> Factors:
-    """Return the method's B (out, r) and A (r, in) in the computing dtype, before rounding."""
+def compute_factors(
+    layer: AdaptedLayer,
+    options: Options,
+    gradient: Tensor | None,
+    summands: Summands | None = None,
+) -> Factors:
+    """Return the method's B (out, r) and A (r, in) in the computing dtype, before rounding.
+
+    Args:
+        layer: the layer.
+        options: the method and its options.
+        gradient: where the method needs it; this rank's summand of it if ``summands`` is given.
+        summands: the ranks.
+    """
     m, n = layer.shape
     W = base_weight(layer.module) if options.reads_weight else None
     problem = Layer(
@@ -143,6 +156,7 @@ def compute_factors(layer: AdaptedLayer, options: Options, gradient: Tensor | No
         name=layer.name,
         W=W,
         G=gradient,
+        summands=summands,
         device=layer.A.device,
     )
     factors = options.spec.function(problem)

@@ -2,7 +2,7 @@
 
 ``plan.py`` says which micro-batches and layers are run together; here they are run. Under
 ``torch.distributed`` each complete sum is added up over the ranks before it is handed out, in the
-same order on every rank, so all ranks see the same gradients.
+same order on every rank, so all ranks see the same gradients; unless the consumer adds up itself.
 """
 
 import zlib
@@ -43,6 +43,7 @@ def stream_gradients(
     strategy: str = "auto",
     memory_budget: int | None = None,
     device: torch.device | str | None = None,
+    add_up: bool = True,
 ) -> Sweep:
     """Hand every layer's mean gradient (out, in), fp32, to ``consume(name, gradient)``.
 
@@ -60,6 +61,8 @@ def stream_gradients(
         strategy: see ``plan.py``.
         memory_budget: bytes of gradients that may wait for later micro-batches.
         device: where sums are kept and handed out; ``None`` for the layer's own device.
+        add_up: False hands out this rank's summand of every mean gradient instead: in the same
+            order on every rank, so that ``consume`` may add up over ranks what it makes of them.
 
     Raises:
         InputError: for batches without anything to learn from (on any rank).
@@ -79,8 +82,14 @@ def stream_gradients(
     total = int(_sum_over_ranks(sum(tokens for _, tokens in todo.batches), model))
     place = None if device is None else torch.device(device)
     loss = float("nan")
+    ranks = together()
+
+    def deliver(name: str, gradient_sum: Tensor) -> None:
+        gradient = gradient_sum.div_(total)
+        consume(name, ranks.add_up(gradient) if add_up and ranks else gradient)
+
     for index, group in enumerate(todo.groups):
-        sums = _Sums(group, lambda name, gradient: consume(name, gradient.div_(total)), place)
+        sums = _Sums(group, deliver, place)
         with left_as_found(model, train=train, seed=seed), ExitStack() as stack:
             if todo.checkpointing:
                 stack.enter_context(checkpointed(model))
@@ -173,8 +182,6 @@ class _Sums:
         if gradient_sum is None:
             place = self.device or next(layer.module.parameters()).device
             gradient_sum = torch.zeros(layer.shape, device=place)
-        if _is_distributed():
-            dist.all_reduce(gradient_sum)
         self.deliver(name, gradient_sum)
 
 
@@ -192,7 +199,7 @@ def _sweep(
             sums.pending.clear()
             loss = _loss(model, to_device(batch, device)) * tokens
             value = loss.item()
-            if not abs(value) < float("inf") and not _is_distributed():
+            if not abs(value) < float("inf") and together() is None:
                 raise NonFiniteError(f"the loss of init batch {index} is {value / tokens}.")
             if index == len(counted) - 1:
                 sums.at_once = _ranks_agree(sums.pending, model)
@@ -219,13 +226,28 @@ def _is_reentrant(model: nn.Module) -> bool:
     return False
 
 
-def _is_distributed() -> bool:
-    return dist.is_available() and dist.is_initialized()
+class Ranks:
+    """The ranks of ``torch.distributed``, as ``truncated_svd`` wants them."""
+
+    def add_up(self, tensor: Tensor) -> Tensor:
+        """Sum a contiguous tensor over the ranks, in place, and return it."""
+        dist.all_reduce(tensor)
+        return tensor
+
+    def agree(self, tensor: Tensor) -> Tensor:
+        """Overwrite a contiguous tensor by rank 0's, in place, and return it."""
+        dist.broadcast(tensor, src=0)
+        return tensor
+
+
+def together() -> Ranks | None:
+    """Return the ranks that share the init batch, or None in a single process."""
+    return Ranks() if dist.is_available() and dist.is_initialized() else None
 
 
 def _ranks_agree(pending: Counter[str], model: nn.Module) -> bool:
     """Whether all ranks ran the same layers equally often, so that their backward passes match."""
-    if not _is_distributed():
+    if together() is None:
         return True
     mark = float(zlib.crc32(repr(list(pending.items())).encode()))
     return _largest_over_ranks(mark, model) == -_largest_over_ranks(-mark, model)
@@ -240,7 +262,7 @@ def _largest_over_ranks(value: float, model: nn.Module) -> float:
 
 
 def _over_ranks(value: float, model: nn.Module, operation: str) -> float:
-    if not _is_distributed():
+    if together() is None:
         return value
     total = torch.tensor(float(value), dtype=torch.float64, device=model_device(model))
     dist.all_reduce(total, getattr(dist.ReduceOp, operation))

@@ -27,7 +27,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lora_one.numerics.svd import TruncatedSVD, private_generator, truncated_svd
+from lora_one.numerics.svd import Summands, TruncatedSVD, private_generator, truncated_svd
 
 SCALES = ("stable", "unit", "gd", "weightS")
 
@@ -57,7 +57,8 @@ class Layer:
         seed: with ``name``, the only source of random numbers.
         name: of the layer in the base model.
         W: (m, n) base weight, where the method needs it.
-        G: (m, n) mean gradient, where the method needs it.
+        G: (m, n) mean gradient, where the method needs it; or this process's summand of it.
+        summands: the processes that hold the summands of G; None where G is whole.
         device: where random factors are placed.
     """
 
@@ -71,6 +72,7 @@ class Layer:
     name: str = ""
     W: Tensor | None = None
     G: Tensor | None = None
+    summands: Summands | None = None
     device: torch.device | str = "cpu"
 
     def normal(self, *shape: int) -> Tensor:
@@ -83,10 +85,15 @@ class Layer:
         generator = private_generator(self.seed, f"{self.name}{shape}")
         return torch.rand(*shape, generator=generator).mul(2).sub(1).to(self.device)
 
-    def svd(self, matrix: Tensor, rank: int) -> TruncatedSVD:
-        """Return the leading triplets; see ``truncated_svd``."""
+    def weight_svd(self) -> TruncatedSVD:
+        """Return the r leading triplets of W; see ``truncated_svd``."""
         generator = private_generator(self.seed, f"{self.name}/svd")
-        return truncated_svd(matrix, rank, generator=generator)
+        return truncated_svd(self.W, self.r, generator=generator)
+
+    def gradient_svd(self, rank: int) -> TruncatedSVD:
+        """Return the leading triplets of G, whole or not; see ``truncated_svd``."""
+        generator = private_generator(self.seed, f"{self.name}/svd")
+        return truncated_svd(self.G, rank, generator=generator, summands=self.summands)
 
 
 def size_factors(layer: Layer) -> tuple[float, float, float]:
@@ -100,7 +107,7 @@ def size_factors(layer: Layer) -> tuple[float, float, float]:
         return 1.0, 1.0, 1.0
     if layer.scale == "gd":
         return 1 / layer.s, 1.0, 1.0
-    S = layer.svd(layer.W, layer.r).S
+    S = layer.weight_svd().S
     return float((S / layer.s).sqrt().mean()), 1.0, 1.0
 
 
@@ -155,7 +162,7 @@ def pissa(layer: Layer) -> Factors:
     Source: PiSSA (Meng et al. 2024), as in PEFT. The base weight becomes the residual
     ``W - s B A``, whose spectral norm is σ_{r+1}(W). ``scale`` has no effect.
     """
-    svd = layer.svd(layer.W, layer.r)
+    svd = layer.weight_svd()
     root = (svd.S / layer.s).sqrt()
     return Factors(svd.U * root, root[:, None] * svd.Vh, svd)
 
@@ -179,7 +186,7 @@ def lora_ga(layer: Layer) -> Factors:
     """
     c, m_hat, _ = size_factors(layer)
     r = layer.r
-    svd = layer.svd(layer.G, 2 * r)
+    svd = layer.gradient_svd(2 * r)
     return Factors(-svd.U[:, r:] * (c * m_hat), svd.Vh[:r] * (c * m_hat), svd)
 
 
@@ -191,7 +198,7 @@ def lora_one(layer: Layer) -> Factors:
     low-rank step of full gradient descent. The base weight stays W.
     """
     c, _, _ = size_factors(layer)
-    svd = layer.svd(layer.G, layer.r)
+    svd = layer.gradient_svd(layer.r)
     root = (svd.S / svd.S[0]).sqrt() * c
     return Factors(-svd.U * root, root[:, None] * svd.Vh, svd)
 
@@ -222,7 +229,9 @@ class Method:
         needs: ``"gradient"``, ``"weight"`` or ``""``.
         offset: whether ``s B A`` is taken from the base weight, so that outputs do not change.
         uses_scale: whether ``scale`` and ``gamma`` have an effect.
-        rank_multiple: how many times r triplets must exist.
+        rank_multiple: how many times r triplets must exist, and at most are asked for.
+        triplets_only: whether all it asks of G is ``gradient_svd``, so that processes can keep
+            their summands of G to themselves.
     """
 
     function: Callable[[Layer], Factors]
@@ -230,6 +239,7 @@ class Method:
     offset: bool = False
     uses_scale: bool = False
     rank_multiple: int = 1
+    triplets_only: bool = False
 
     @property
     def equation(self) -> str:
@@ -251,6 +261,13 @@ METHODS = {
     "orthogonal": Method(orthogonal, offset=True, uses_scale=True),
     "pissa": Method(pissa, needs="weight", offset=True),
     "olora": Method(olora, needs="weight", offset=True),
-    "lora_ga": Method(lora_ga, needs="gradient", offset=True, uses_scale=True, rank_multiple=2),
-    "lora_one": Method(lora_one, needs="gradient", uses_scale=True),
+    "lora_ga": Method(
+        lora_ga,
+        needs="gradient",
+        offset=True,
+        uses_scale=True,
+        rank_multiple=2,
+        triplets_only=True,
+    ),
+    "lora_one": Method(lora_one, needs="gradient", uses_scale=True, triplets_only=True),
 }

@@ -1,7 +1,11 @@
-"""Truncated singular value decompositions: exact where that is cheap, block Lanczos elsewhere."""
+"""Truncated singular value decompositions: exact where that is cheap, block Lanczos elsewhere.
+
+The matrix may be the sum of what several processes hold. Then only its products with a block of
+vectors are added up, and no process ever has the whole matrix.
+"""
 
 import zlib
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -12,6 +16,29 @@ MAX_BLOCKS = 12
 """Where the search stops at the latest; gradients of language models need 3 to 6."""
 SMALLEST_GAP = 0.05
 """Relative gap after the last triplet below which «the» rank-r part is not pinned down further."""
+
+NEW_DIRECTION = 1e-3
+"""Below this, relative to σ_0², what a product adds to the basis is taken for partly rounding."""
+
+
+class Summands(Protocol):
+    """The processes that hold one summand of a matrix each, and do the same with it in step."""
+
+    def add_up(self, tensor: Tensor) -> Tensor:
+        """Sum a contiguous tensor over the processes, in place, and return it."""
+
+    def agree(self, tensor: Tensor) -> Tensor:
+        """Overwrite a contiguous tensor by the first process's, in place, and return it."""
+
+
+class _Alone:
+    """One process with the whole matrix."""
+
+    def add_up(self, tensor: Tensor) -> Tensor:
+        return tensor
+
+    def agree(self, tensor: Tensor) -> Tensor:
+        return tensor
 
 
 class TruncatedSVD(NamedTuple):
@@ -24,6 +51,7 @@ class TruncatedSVD(NamedTuple):
         next_value: the next singular value, 0 where there is none.
         error: estimated sine of the largest angle between these singular subspaces and the exact
             ones, relative to a gap of at least ``SMALLEST_GAP``; 0 for LAPACK's decomposition.
+        norm: Frobenius norm of the matrix, where it is a sum that nobody holds; else None.
     """
 
     U: Tensor
@@ -31,6 +59,7 @@ class TruncatedSVD(NamedTuple):
     Vh: Tensor
     next_value: float
     error: float
+    norm: float | None = None
 
 
 def private_generator(seed: int, name: str = "") -> torch.Generator:
@@ -50,6 +79,7 @@ def truncated_svd(
     oversampling: int = 8,
     tolerance: float = 5e-4,
     generator: torch.Generator | None = None,
+    summands: Summands | None = None,
 ) -> TruncatedSVD:
     """Return the ``rank`` largest singular triplets of a matrix.
 
@@ -72,6 +102,11 @@ def truncated_svd(
         tolerance: for the sine of the angle to the exact singular subspaces.
         generator: source of the Gaussian start; ``None`` means seed 0. Always on the CPU, so that
             every device starts from the same numbers.
+        summands: if given, ``matrix`` is this process's summand, of any size compared with the sum.
+            Blocks of products are added up over the processes, a matrix that LAPACK decomposes is
+            added up itself; results agree up to rounding. The norm is then known from the part
+            that was found and a Gaussian sketch of the rest, to a few percent of the rest
+            (Hutch++, Meyer et al. 2021).
 
     Raises:
         ValueError: if ``rank`` is not between 1 and ``min(m, n)``.
@@ -81,21 +116,35 @@ def truncated_svd(
     if not 1 <= rank <= side:
         raise ValueError(f"rank must be between 1 and {side} for shape ({m}, {n}), got {rank}.")
     M = matrix.to(torch.promote_types(matrix.dtype, torch.float32))
-    width = max(rank + oversampling, 16)
+    width = block_width(rank, oversampling)
     if side <= EXACT_SIDE or 3 * width >= side:
+        M = M if summands is None else summands.add_up(M.clone())
         U, S, Vh = torch.linalg.svd(M, full_matrices=False)
         following = float(S[rank]) if rank < side else 0.0
-        return TruncatedSVD(U[:, :rank], S[:rank], Vh[:rank], following, 0.0)
+        norm = None if summands is None else float(S.norm())
+        return TruncatedSVD(U[:, :rank], S[:rank], Vh[:rank], following, 0.0, norm)
     generator = private_generator(0) if generator is None else generator
     if m > n:  # the basis lives on the shorter side
-        V, S, Uh, following, error = _krylov(M.mT, rank, width, tolerance, generator)
-        return TruncatedSVD(Uh.mT, S, V.mT, following, error)
-    return _krylov(M, rank, width, tolerance, generator)
+        V, S, Uh, *rest = _krylov(M.mT, rank, width, tolerance, generator, summands)
+        return TruncatedSVD(Uh.mT, S, V.mT, *rest)
+    return _krylov(M, rank, width, tolerance, generator, summands)
+
+
+def block_width(rank: int, oversampling: int = 8) -> int:
+    """Return how many vectors the matrix is multiplied with at a time."""
+    return max(rank + oversampling, 16)
 
 
 def _krylov(
-    M: Tensor, rank: int, width: int, tolerance: float, generator: torch.Generator
+    M: Tensor,
+    rank: int,
+    width: int,
+    tolerance: float,
+    generator: torch.Generator,
+    summands: Summands | None,
 ) -> TruncatedSVD:
+    processes = _Alone() if summands is None else summands
+    whole = processes.add_up
     m, n = M.shape
     eps = torch.finfo(M.dtype).eps
     columns = width * min(MAX_BLOCKS, m // width)
@@ -105,32 +154,48 @@ def _krylov(
     P_wide = torch.empty(columns, n, dtype=torch.float64, device=M.device)
     T = torch.zeros(columns, columns, dtype=torch.float64)  # P Pᵀ, small: solved on the CPU
     Omega = torch.randn(n, width, generator=generator, dtype=M.dtype).to(M.device)
-    block = torch.linalg.qr((Omega.mT @ M.mT).mT).Q
+    block = processes.agree(torch.linalg.qr(whole(Omega.mT @ M.mT).mT).Q.contiguous())
     for end in range(width, columns + 1, width):
         new = slice(end - width, end)
         Q[:, new] = block
         torch.mm(block.mT, M, out=P[new])
+        whole(P[new])
         P_wide[new] = P[new]
         T[:end, new] = (P_wide[:end] @ P_wide[new].mT).cpu()
         T[new, :end] = T[:end, new].mT
         # M Pᵀ without its part in the basis, Q (Qᵀ M) Pᵀ = Q T; as (P Mᵀ)ᵀ, because a product
         # with a transposed M on the left takes twice as long.
-        remainder = (P[new] @ M.mT).mT - Q[:, :end] @ T[:end, new].to(M)
+        remainder = whole(P[new] @ M.mT).mT - Q[:, :end] @ T[:end, new].to(M)
         remainder -= Q[:, :end] @ (Q[:, :end].mT @ remainder)  # again, for fp32's rounding
         block, R = torch.linalg.qr(remainder)
+        R = R.cpu().double()
+        if R.diagonal().abs().min() <= NEW_DIRECTION * T.diagonal().max():
+            # Where M has no more directions to give, QR normalises rounding errors, which may
+            # lean on the basis: unit vectors can be cleaned of it, errors could not.
+            block = torch.linalg.qr(block - Q[:, :end] @ (Q[:, :end].mT @ block)).Q
+        block = processes.agree(block.contiguous())
         if end == width and end < columns:
             continue  # one block never suffices
         values, vectors = torch.linalg.eigh(T[:end, :end])
         S, W = values.flip(0).clamp(min=0).sqrt(), vectors.flip(1)
         floor = S[0].clamp(min=torch.finfo(M.dtype).tiny) * eps
         leading = S[:rank].clamp(min=floor)
-        residual = torch.linalg.matrix_norm(R.cpu().double() @ (W[new, :rank] / leading), 2)
+        residual = torch.linalg.matrix_norm(R @ (W[new, :rank] / leading), 2)
         gap = torch.maximum(S[rank - 1] - S[rank], SMALLEST_GAP * S[rank - 1]).clamp(min=floor)
-        if residual <= torch.maximum(tolerance * gap, 8 * floor):
+        enough = residual <= torch.maximum(tolerance * gap, 8 * floor)
+        if processes.agree(M.new_tensor([float(enough)])) > 0:
             break
     W_r = W[:, :rank].to(M)
     # P Wᵀ = S Vᵀ with orthogonal rows; QR normalises them, and completes them where S = 0.
     V, R = torch.linalg.qr(P[:end].mT @ W_r)
     signs = torch.where(R.diagonal() < 0, -1.0, 1.0)
     error = float((residual / gap).clamp(max=1))
-    return TruncatedSVD(Q[:, :end] @ W_r, S[:rank].to(M), (V * signs).mT, float(S[rank]), error)
+    norm = None
+    if summands is not None:
+        Omega = torch.randn(n, width, generator=generator, dtype=M.dtype).to(M.device)
+        sketch = whole(Omega.mT @ M.mT)
+        sketch -= (sketch @ Q[:, :end]) @ Q[:, :end].mT
+        norm = float((T[:end, :end].trace() + sketch.double().square().sum().cpu() / width).sqrt())
+    return TruncatedSVD(
+        Q[:, :end] @ W_r, S[:rank].to(M), (V * signs).mT, float(S[rank]), error, norm
+    )

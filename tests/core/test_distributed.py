@@ -8,9 +8,11 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 import lora_one
+from lora_one.gradients.stream import Ranks
 from lora_one.layers import adapted_layers, plain_layers
+from lora_one.numerics.svd import truncated_svd
 
-from .tiny import TARGETS, adapted, batches_for, perturb, tiny_llama
+from .tiny import TARGETS, adapted, batches_for, known_spectrum, perturb, tiny_llama
 
 pytestmark = pytest.mark.skipif(not dist.is_available(), reason="torch without distributed")
 
@@ -54,6 +56,8 @@ def rank_results(rank):
     results["factors"] = factors_of(peft_model)
 
     results["cores"] = started_with_cores(1 + rank, even)
+    results["wide"] = started_wide(even)
+    results["summands"] = decomposed_summands(rank)
     results["refused"] = refused(batches if rank == 0 else [])
     results["trained"] = trained_with_ddp(batches[rank])
     results["fsdp"] = sharded_gradients(even)
@@ -66,6 +70,40 @@ def started_with_cores(count, batches):
     lora_one.initialize(peft_model, batches, method="lora_one")
     torch.set_num_threads(1)
     return factors_of(peft_model)
+
+
+def wide_llama():
+    """q_proj and down_proj (768 x 768) are wide enough for products, v_proj (384 x 768) is not."""
+    return tiny_llama(hidden_size=768, intermediate_size=768, num_hidden_layers=1)
+
+
+def started_wide(batches):
+    """Return factors, report, and the sizes of what was added up over the ranks."""
+    sizes, add_up = [], dist.all_reduce
+
+    def counted(tensor, *arguments):
+        sizes.append(tensor.numel())
+        return add_up(tensor, *arguments)
+
+    peft_model = adapted(wide_llama())
+    dist.all_reduce = counted
+    try:
+        report = lora_one.initialize(peft_model, batches, method="lora_one", measure_loss=False)
+    finally:
+        dist.all_reduce = add_up
+    energies = [layer.captured_energy for layer in report.layers]
+    return factors_of(peft_model), energies, sizes
+
+
+def slow_spectrum():
+    return known_spectrum(600, 500, [0.93**i for i in range(400)], dtype=torch.float32)[0]
+
+
+def decomposed_summands(rank):
+    """The two ranks hold parts that look nothing like the whole."""
+    noise = torch.randn(600, 500, generator=torch.Generator().manual_seed(5))
+    summand = noise if rank == 0 else slow_spectrum() - noise
+    return tuple(truncated_svd(summand, 8, summands=Ranks()))
 
 
 def refused(batches):
@@ -144,6 +182,35 @@ def test_two_ranks_start_like_one_process(ranks):
         # LoRA-GA mixes triplets, so projectors are compared.
         torch.testing.assert_close(ours_B @ ours_B.T, B @ B.T, atol=1e-4, rtol=0)
         torch.testing.assert_close(ours_A.T @ ours_A, A.T @ A, atol=1e-4, rtol=0)
+
+
+def test_a_matrix_that_no_rank_holds_is_decomposed_like_the_whole(ranks):
+    matrix = slow_spectrum()
+    whole = truncated_svd(matrix, 8)
+    best = (whole.U * whole.S) @ whole.Vh
+    for results in ranks:
+        U, S, Vh, following, error, norm = results["summands"]
+        # Noise of norm 548 cancels to a matrix of norm 2.7: fp32 keeps 7 digits of the former.
+        assert float(((U * S) @ Vh - best).norm() / best.norm()) < 1e-3
+        assert following == pytest.approx(whole.next_value, rel=1e-3)
+        assert error < 1e-2
+        assert norm == pytest.approx(float(matrix.norm()), rel=0.02)
+
+
+def test_ranks_add_up_products_of_wide_layers_and_start_like_one_process(ranks):
+    peft_model = adapted(wide_llama())
+    batches = batches_for(rows=ROWS)[:2]
+    report = lora_one.initialize(peft_model, batches, method="lora_one", measure_loss=False)
+    expected = factors_of(peft_model)
+    for results in ranks:
+        factors, energies, sizes = results["wide"]
+        for name, (B, A) in expected.items():
+            ours = factors[name][0] @ factors[name][1]
+            assert float((ours - B @ A).norm() / (B @ A).norm()) < 1e-3, name
+        for energy, layer in zip(energies, report.layers, strict=True):
+            assert energy == pytest.approx(layer.captured_energy, rel=0.02)
+        assert max(sizes) == 384 * 768, "only the narrow layer's gradient is sent whole"
+        assert sum(sizes) - max(sizes) < 768 * 768 / 2, "half of what each wide layer would be"
 
 
 def test_batches_that_one_rank_cannot_use_stop_all_ranks(ranks):

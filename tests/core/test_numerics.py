@@ -87,6 +87,23 @@ def test_zero_and_rank_deficient_matrices_decompose():
     torch.testing.assert_close(Vh @ Vh.T, torch.eye(4), atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize("directions", [3, 8, 20, 27])
+@pytest.mark.parametrize("noise", [0.0, 1e-7])
+def test_a_gradient_of_few_tokens_has_few_directions_and_is_decomposed_to_rounding(
+    directions, noise
+):
+    """Fewer than two blocks of 16: the basis outgrows the matrix."""
+    matrix, U, S, Vh = known_spectrum(512, 600, [0.9**i for i in range(directions)])
+    matrix = (matrix + noise * torch.randn(512, 600, dtype=torch.float64)).float()
+    found = truncated_svd(matrix, 8)
+    kept = min(8, directions)
+    best = (U[:, :kept] * S[:kept]) @ Vh[:kept]
+    assert relative((found.U * found.S) @ found.Vh - best, best) < 1e-4
+    torch.testing.assert_close(found.S[:kept].double(), S[:kept], rtol=1e-5, atol=0)
+    for factor in (found.U, found.Vh.T):
+        torch.testing.assert_close(factor.T @ factor, torch.eye(8), atol=1e-4, rtol=0)
+
+
 @pytest.mark.parametrize("rank", [0, 31])
 def test_impossible_rank_is_refused(rank):
     with pytest.raises(ValueError, match="between 1 and 30"):
