@@ -34,7 +34,7 @@ from lora_one.gradients.stream import (
 from lora_one.gradients.tokens import Batch
 from lora_one.layers import AdaptedLayer, adapted_layers, check_adapter, other_adapted
 from lora_one.numerics.factors import Factors
-from lora_one.numerics.svd import block_width
+from lora_one.numerics.svd import expected_columns
 
 
 def initialize(
@@ -299,13 +299,13 @@ def _start(
 def _adds_up_products(layer: AdaptedLayer, options: Options) -> bool:
     """Tell whether ranks add up products with G rather than G: where that sends less.
 
-    A decomposition takes 3 to 6 blocks of ``width`` vectors, each multiplied from both sides: about
-    ``7 width (m + n)`` numbers in two dozen messages, against ``m n`` in one. Below a third of the
-    volume the messages' latency is worth it.
+    Each column of the basis is multiplied with G from both sides and agreed on once, about
+    ``1.5 columns (m + n)`` numbers in two dozen messages, against ``m n`` in one. Below a third of
+    the volume the messages' latency is worth it.
     """
     m, n = layer.shape
-    width = block_width(options.spec.rank_multiple * layer.r)
-    return options.spec.triplets_only and m * n >= 20 * width * (m + n)
+    columns = expected_columns(options.spec.rank_multiple * layer.r)
+    return options.spec.triplets_only and m * n >= 4.5 * columns * (m + n)
 
 
 def _finite_norm(layer: AdaptedLayer, gradient: Tensor, ranks: Ranks | None) -> float:

@@ -11,9 +11,11 @@ import torch
 from torch import Tensor
 
 EXACT_SIDE = 128
-"""Up to this smaller side LAPACK's full decomposition is as fast as iterating."""
-MAX_BLOCKS = 12
-"""Where the search stops at the latest; gradients of language models need 3 to 6."""
+"""Up to this smaller side, or 6 times the rank, LAPACK's decomposition is as fast as iterating."""
+WIDTH = 16
+"""Vectors per block: few enough that the basis grows no larger than needed, whatever the rank."""
+MAX_COLUMNS = 256
+"""Columns of the basis beyond 3 times the rank, where the search stops at the latest."""
 SMALLEST_GAP = 0.05
 """Relative gap after the last triplet below which «the» rank-r part is not pinned down further."""
 
@@ -76,7 +78,6 @@ def truncated_svd(
     matrix: Tensor,
     rank: int,
     *,
-    oversampling: int = 8,
     tolerance: float = 5e-4,
     generator: torch.Generator | None = None,
     summands: Summands | None = None,
@@ -98,7 +99,6 @@ def truncated_svd(
     Args:
         matrix: (m, n), any floating dtype; computed in fp32 (fp64 for fp64).
         rank: number of triplets, at most ``min(m, n)``.
-        oversampling: columns per block beyond the rank (the block has at least 16).
         tolerance: for the sine of the angle to the exact singular subspaces.
         generator: source of the Gaussian start; ``None`` means seed 0. Always on the CPU, so that
             every device starts from the same numbers.
@@ -116,8 +116,7 @@ def truncated_svd(
     if not 1 <= rank <= side:
         raise ValueError(f"rank must be between 1 and {side} for shape ({m}, {n}), got {rank}.")
     M = matrix.to(torch.promote_types(matrix.dtype, torch.float32))
-    width = block_width(rank, oversampling)
-    if side <= EXACT_SIDE or 3 * width >= side:
+    if side <= max(EXACT_SIDE, 6 * rank):
         M = M if summands is None else summands.add_up(M.clone())
         U, S, Vh = torch.linalg.svd(M, full_matrices=False)
         following = float(S[rank]) if rank < side else 0.0
@@ -125,20 +124,19 @@ def truncated_svd(
         return TruncatedSVD(U[:, :rank], S[:rank], Vh[:rank], following, 0.0, norm)
     generator = private_generator(0) if generator is None else generator
     if m > n:  # the basis lives on the shorter side
-        V, S, Uh, *rest = _krylov(M.mT, rank, width, tolerance, generator, summands)
+        V, S, Uh, *rest = _krylov(M.mT, rank, tolerance, generator, summands)
         return TruncatedSVD(Uh.mT, S, V.mT, *rest)
-    return _krylov(M, rank, width, tolerance, generator, summands)
+    return _krylov(M, rank, tolerance, generator, summands)
 
 
-def block_width(rank: int, oversampling: int = 8) -> int:
-    """Return how many vectors the matrix is multiplied with at a time."""
-    return max(rank + oversampling, 16)
+def expected_columns(rank: int) -> int:
+    """Return how large the basis grows, about, on gradients of language models."""
+    return 2 * rank + 3 * WIDTH
 
 
 def _krylov(
     M: Tensor,
     rank: int,
-    width: int,
     tolerance: float,
     generator: torch.Generator,
     summands: Summands | None,
@@ -147,16 +145,17 @@ def _krylov(
     whole = processes.add_up
     m, n = M.shape
     eps = torch.finfo(M.dtype).eps
-    columns = width * min(MAX_BLOCKS, m // width)
+    columns = min(3 * rank + MAX_COLUMNS, m) // WIDTH * WIDTH
     Q = torch.empty(m, columns, dtype=M.dtype, device=M.device)  # basis
     P = torch.empty(columns, n, dtype=M.dtype, device=M.device)  # Qᵀ M
     # fp64, because T holds squares: fp32 would blur σ below 1e-3 σ_0.
     P_wide = torch.empty(columns, n, dtype=torch.float64, device=M.device)
     T = torch.zeros(columns, columns, dtype=torch.float64)  # P Pᵀ, small: solved on the CPU
-    Omega = torch.randn(n, width, generator=generator, dtype=M.dtype).to(M.device)
+    Omega = torch.randn(n, WIDTH, generator=generator, dtype=M.dtype).to(M.device)
     block = processes.agree(torch.linalg.qr(whole(Omega.mT @ M.mT).mT).Q.contiguous())
-    for end in range(width, columns + 1, width):
-        new = slice(end - width, end)
+    look = rank + WIDTH // 2
+    for end in range(WIDTH, columns + 1, WIDTH):
+        new = slice(end - WIDTH, end)
         Q[:, new] = block
         torch.mm(block.mT, M, out=P[new])
         whole(P[new])
@@ -174,8 +173,9 @@ def _krylov(
             # lean on the basis: unit vectors can be cleaned of it, errors could not.
             block = torch.linalg.qr(block - Q[:, :end] @ (Q[:, :end].mT @ block)).Q
         block = processes.agree(block.contiguous())
-        if end == width and end < columns:
-            continue  # one block never suffices
+        if end <= look and end < columns:
+            continue
+        look = end + end // 8  # a look costs O(end³), a block without one little
         values, vectors = torch.linalg.eigh(T[:end, :end])
         S, W = values.flip(0).clamp(min=0).sqrt(), vectors.flip(1)
         floor = S[0].clamp(min=torch.finfo(M.dtype).tiny) * eps
@@ -192,10 +192,10 @@ def _krylov(
     error = float((residual / gap).clamp(max=1))
     norm = None
     if summands is not None:
-        Omega = torch.randn(n, width, generator=generator, dtype=M.dtype).to(M.device)
+        Omega = torch.randn(n, WIDTH, generator=generator, dtype=M.dtype).to(M.device)
         sketch = whole(Omega.mT @ M.mT)
         sketch -= (sketch @ Q[:, :end]) @ Q[:, :end].mT
-        norm = float((T[:end, :end].trace() + sketch.double().square().sum().cpu() / width).sqrt())
+        norm = float((T[:end, :end].trace() + sketch.double().square().sum().cpu() / WIDTH).sqrt())
     return TruncatedSVD(
         Q[:, :end] @ W_r, S[:rank].to(M), (V * signs).mT, float(S[rank]), error, norm
     )
