@@ -23,6 +23,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -297,7 +298,10 @@ def run_init(arguments: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def run_ranks(arguments: argparse.Namespace) -> list[dict[str, Any]]:
-    """Measure ``initialize`` with the rows shared by the ranks that torchrun started."""
+    """Measure ``initialize`` with the rows shared by the ranks that torchrun started.
+
+    Communication is what a rank hands to collective operations, against all full gradients.
+    """
     dist.init_process_group("nccl" if arguments.device == "cuda" else "gloo")
     rank, ranks = dist.get_rank(), dist.get_world_size()
     if arguments.device == "cuda":
@@ -306,6 +310,7 @@ def run_ranks(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     for setting in settings(arguments):
         model, batch = build(setting)
         share = {key: value[rank::ranks] for key, value in batch.items()}
+        gradients = sum(4 * module.weight.numel() for module in targets(model).values())
         table: dict[str, dict[str, float]] = {}
         for name in ("forward + backward", "lora_one.initialize"):
             times = []
@@ -313,20 +318,44 @@ def run_ranks(arguments: argparse.Namespace) -> list[dict[str, Any]]:
                 work = INIT[name](copy.deepcopy(model), share, setting)
                 dist.barrier()
                 began = time.perf_counter()
-                work()
+                with _counted() as sent:
+                    work()
                 dist.barrier()
                 times.append(time.perf_counter() - began)
-            table[name] = {"seconds": statistics.median(times)}
+            table[name] = {"seconds": statistics.median(times), "sent_mib": sent[0] / 2**20}
         records.append({"setting": setting, "ranks": ranks, "table": table})
         if rank == 0:
             plain_s, ours_s = (row["seconds"] for row in table.values())
+            sent_mib = table["lora_one.initialize"]["sent_mib"]
             print(f"\n{_describe(setting)}, shared by {ranks} ranks")
             print(
-                f"forward + backward {plain_s:.2f} s, lora_one.initialize {ours_s:.2f} s, ", end=""
+                f"forward + backward {plain_s:.2f} s, lora_one.initialize {ours_s:.2f} s, "
+                f"{ours_s / plain_s:.2f} x; communicated {sent_mib:.1f} MiB, all gradients are "
+                f"{gradients / 2**20:.1f} MiB"
             )
-            print(f"{ours_s / plain_s:.2f} x")
     dist.destroy_process_group()
     return records
+
+
+@contextmanager
+def _counted() -> Iterator[list[int]]:
+    """Count the bytes of tensors that are reduced or broadcast, in the list's only entry."""
+    sent, operations = [0], {"all_reduce": dist.all_reduce, "broadcast": dist.broadcast}
+
+    def count(operation: Callable[..., Any]) -> Callable[..., Any]:
+        def counted(tensor: Tensor, *arguments: Any, **options: Any) -> Any:
+            sent[0] += tensor.numel() * tensor.element_size()
+            return operation(tensor, *arguments, **options)
+
+        return counted
+
+    for name, operation in operations.items():
+        setattr(dist, name, count(operation))
+    try:
+        yield sent
+    finally:
+        for name, operation in operations.items():
+            setattr(dist, name, operation)
 
 
 def adapter_pairs(setting: Setting) -> nn.Module:
