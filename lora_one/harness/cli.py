@@ -56,6 +56,10 @@ def launch(run: Run, conf: Path, program: str, arguments: list[str] | None = Non
     arguments = sys.argv[1:] if arguments is None else arguments
 
     def act(points: list[Point], multirun: bool) -> int:
+        if _on_slurm(points):
+            from lora_one.harness.slurm.submit import submit
+
+            return submit(points, program, multirun)
         if multirun:
             return sweep.run_points(points, program)
         run(points[0].config)
@@ -103,6 +107,10 @@ def _guarded(conf: Path, arguments: list[str], act: Act, *, advise: bool = True)
         return INTERRUPTED
 
 
+def _on_slurm(points: Sequence[Point]) -> bool:
+    return any(point.config.launcher.name == "slurm" for point in points)
+
+
 def prepare_command(arguments: Sequence[str]) -> str:
     """Return the command that brings here what a command line of ``run_exp.py`` needs."""
     overrides = get_args_parser().parse_args(list(arguments)).overrides
@@ -145,6 +153,10 @@ def _dispatch(conf: Path, arguments: list[str], act: Act) -> int:
         from lora_one.harness.dry_run import show_plan
 
         show_plan([point.config for point in points])
+        if _on_slurm(points):
+            from lora_one.harness.slurm.submit import show_order
+
+            show_order(points)
     else:
         return act(points, options.multirun)
     return 0

@@ -40,7 +40,7 @@ def run_points(points: Sequence[Point], program: str) -> int:
         if status != DONE:
             problems[name] = status
     if is_main():
-        _show(points)
+        show_table(points)
     for name, status in problems.items():
         say(f"{'bad input' if status == BAD_INPUT else 'failed'}: {name}")
     return next(iter(problems.values()), DONE)
@@ -68,18 +68,27 @@ def _run_alone(point: Point, program: str, index: int) -> int:
     return status if status in (DONE, BAD_INPUT) else FAILED
 
 
-def _show(points: Sequence[Point]) -> None:
+def sweep_digest(points: Sequence[Point]) -> str:
+    """Name a sweep by its runs."""
+    names = "\n".join(folder.name for folder in _folders(points))
+    return hashlib.sha256(names.encode()).hexdigest()[:8]
+
+
+def _folders(points: Sequence[Point]) -> list[Path]:
+    # Points that differ in what nothing reads are one run.
+    return list(
+        dict.fromkeys(Path(point.config.output_dir) / run_id(point.config) for point in points)
+    )
+
+
+def show_table(points: Sequence[Point]) -> None:
+    """Print the table of a sweep and keep it in ``<output_dir>/sweeps``."""
     from lora_one.reports.records import load_runs
     from lora_one.reports.table import render, summarise, to_csv, to_markdown
 
-    # Points that differ in what nothing reads are one run.
-    folders = list(
-        dict.fromkeys(Path(point.config.output_dir) / run_id(point.config) for point in points)
-    )
-    table = summarise(load_runs(folders))
+    table = summarise(load_runs(_folders(points)))
     render(table)
-    names = "\n".join(folder.name for folder in folders)
-    digest = hashlib.sha256(names.encode()).hexdigest()[:8]
+    digest = sweep_digest(points)
     target = Path(points[0].config.output_dir) / "sweeps"
     try:
         target.mkdir(parents=True, exist_ok=True)
