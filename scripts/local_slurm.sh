@@ -49,8 +49,8 @@ patiently() {
 launch() {
     local name=$1 log=$home/$1.log
     shift
-    # Descriptor 9 is the lock: a daemon must not hold it.
-    "$@" </dev/null >>"$log" 2>&1 9>&- || fail "$name did not start: $(tail -n 3 "$log" | tr '\n' ' ')"
+    # A daemon must not hold the lock, 9, nor what else the caller has open.
+    "$@" </dev/null >>"$log" 2>&1 3>&- 4>&- 5>&- 6>&- 7>&- 8>&- 9>&- || fail "$name did not start: $(tail -n 3 "$log" | tr '\n' ' ')"
 }
 
 start() {

@@ -8,6 +8,7 @@ checkpoint and requeues its job itself; SLURM then does the same submission agai
 
 import contextlib
 import io
+import json
 import os
 import shlex
 import shutil
@@ -15,24 +16,28 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from submitit import SlurmExecutor
-from submitit.core.utils import FailedJobError, FailedSubmissionError
+from submitit.core.utils import FailedJobError, FailedSubmissionError, JobPaths
 
 from lora_one.errors import InputError
 from lora_one.harness.compose import Point
 from lora_one.harness.config import SlurmLauncher
 from lora_one.harness.console import say
 from lora_one.harness.exit_status import DONE
-from lora_one.harness.folder import finished_record, run_id
+from lora_one.harness.folder import finished_record, run_id, write_atomically
 from lora_one.harness.ranks import world_size
 from lora_one.harness.slurm.options import as_flags, sbatch_options
+from lora_one.harness.slurm.queue import ask
 from lora_one.harness.slurm.watch import Task, watch
 from lora_one.harness.source import snapshot_name, take_snapshot
 from lora_one.harness.sweep import show_table, sweep_digest
+
+# In the folder of a submission: run id -> job, so that the same command finds its jobs again.
+JOBS = "jobs.json"
 
 
 @dataclass(frozen=True)
@@ -41,8 +46,8 @@ class Order:
 
     Attributes:
         launcher: How the jobs are to be.
-        points: Run id -> point, of those that are not finished.
-        done: How many are.
+        points: Run id -> point, of those that are neither finished nor submitted.
+        done: How many are finished.
         output_dir: Where jobs leave their logs.
     """
 
@@ -66,7 +71,6 @@ def submit(points: Sequence[Point], program: str, multirun: bool) -> int:
     Raises:
         InputError: the jobs cannot be submitted; nothing has been written then.
     """
-    order = make_order(points)
     if shutil.which("sbatch") is None:
         raise InputError(
             "launcher=slurm_...: there is no sbatch on PATH. Give the command on a login node of "
@@ -77,32 +81,36 @@ def submit(points: Sequence[Point], program: str, multirun: bool) -> int:
             f"launcher=slurm_... under {world_size()} ranks would submit every job "
             f"{world_size()} times. Give the command without srun, torchrun or accelerate launch."
         )
+    order, tasks = make_order(points)
+    total = order.done + len(order.points) + len(tasks)
     if order.done:
-        say(f"already done: {order.done} of {order.done + len(order.points)}")
+        say(f"already done: {order.done} of {total}")
+    if tasks:
+        say(f"already submitted: {len(tasks)} of {total}, {', '.join(task.job for task in tasks)}")
     status = DONE
     if order.points:
-        number, tasks = _hand_over(order, Path(program).resolve(), _sweep(points, multirun))
-        commands = (
-            f"see them: squeue --job={number}; python -m lora_one.reports status "
-            f"{shlex.quote(str(order.output_dir))}\ncancel them: scancel {number}"
+        group = sweep_digest(points) if multirun else None
+        tasks += _hand_over(order, Path(program).resolve(), group)
+    if tasks:
+        numbers = ",".join(dict.fromkeys(task.number for task in tasks))
+        say(
+            f"see them: squeue --job={numbers}; "
+            f"python -m lora_one.reports status {shlex.quote(str(order.output_dir))}\n"
+            f"cancel them: scancel {numbers.replace(',', ' ')}"
         )
-        say(commands)
         if not order.launcher.wait:
             return DONE
         try:
-            status = watch(number, tasks, order.launcher.poll_s)
+            status = watch(tasks, order.launcher.poll_s)
         except KeyboardInterrupt:
-            say(
-                f"the jobs go on without this command; given again, it waits for what is left\n"
-                f"{commands}"
-            )
+            say("the jobs go on; the same command waits for them again")
             raise
     show_table(points)
     return status
 
 
-def make_order(points: Sequence[Point]) -> Order:
-    """Find out what is to be submitted, and how.
+def make_order(points: Sequence[Point]) -> tuple[Order, list[Task]]:
+    """Find out what is to be submitted, and how, and which jobs of earlier commands still live.
 
     Raises:
         InputError: the points do not agree about it.
@@ -117,7 +125,31 @@ def make_order(points: Sequence[Point]) -> Order:
     distinct = {run_id(point.config): point for point in points}
     todo = {name: p for name, p in distinct.items() if not finished_record(p.config)}
     output_dir = Path(first.output_dir).resolve()
-    return Order(first.launcher, todo, len(distinct) - len(todo), output_dir)
+    done = len(distinct) - len(todo)
+    tasks = _submitted(todo, output_dir)
+    for task in tasks:
+        del todo[task.run]
+    return Order(first.launcher, todo, done, output_dir), tasks
+
+
+def _submitted(points: Mapping[str, Point], output_dir: Path) -> list[Task]:
+    """Find the jobs that do these points, waiting or at work, of earlier commands."""
+    tasks: dict[str, Task] = {}
+    for file in sorted(output_dir.glob(f"slurm/*/{JOBS}")):
+        jobs = {
+            run: job
+            for run, job in json.loads(file.read_text(encoding="utf-8")).items()
+            if run in points
+        }
+        if not jobs or shutil.which("squeue") is None:
+            continue
+        queue = ask(next(iter(jobs.values())).partition("_")[0])
+        for run, name in jobs.items():
+            job = queue.get(name)
+            if job is not None and job.live:
+                stderr = JobPaths(file.parent, job_id=name).stderr
+                tasks[run] = Task(name, run, points[run].config, stderr)
+    return list(tasks.values())
 
 
 def show_order(points: Sequence[Point]) -> None:
@@ -126,11 +158,11 @@ def show_order(points: Sequence[Point]) -> None:
     Raises:
         InputError: SLURM would refuse it.
     """
-    order = make_order(points)
+    order, tasks = make_order(points)
     flags = as_flags(sbatch_options(order.launcher))
     jobs, throttle = len(order.points), order.launcher.max_parallel
     say(
-        f"\nslurm: {jobs} of {jobs + order.done} to submit, "
+        f"\nslurm: {jobs} to submit, {order.done} done, {len(tasks)} submitted already; "
         f"{'all' if throttle is None else f'at most {throttle}'} at a time; each"
     )
     for flag in flags:
@@ -151,21 +183,13 @@ def show_order(points: Sequence[Point]) -> None:
     say("  checked: SLURM would accept it")
 
 
-def _sweep(points: Sequence[Point], multirun: bool) -> dict[str, str]:
-    """Tell the runs of a sweep that they are one, as the sweep driver does."""
-    return {"LORA_ONE_SWEEP": sweep_digest(points)} if multirun else {}
-
-
-def _hand_over(order: Order, program: Path, environment: dict[str, str]) -> tuple[str, list[Task]]:
+def _hand_over(order: Order, program: Path, group: str | None) -> list[Task]:
     """Submit; afterwards the jobs depend on nothing but the snapshot and the logs' folder."""
     with _nothing_left_behind(order.output_dir, program) as logs:
         program = take_snapshot(program, order.output_dir / "snapshots")
         executor = SlurmExecutor(logs)
         executor.update_parameters(
-            setup=[
-                *(f"export {name}={shlex.quote(value)}" for name, value in environment.items()),
-                *order.launcher.setup,
-            ],
+            setup=[*_setup(group), *order.launcher.setup],
             array_parallelism=order.launcher.max_parallel or len(order.points),
             # A step takes neither from its job: the CPUs since SLURM 22.05, the mode never.
             srun_args=[f"--cpus-per-task={order.launcher.cpus_per_task}", "--open-mode=append"],
@@ -182,13 +206,21 @@ def _hand_over(order: Order, program: Path, environment: dict[str, str]) -> tupl
                 jobs = executor.map_array(os.execv, [sys.executable] * len(commands), commands)
         except (FailedJobError, FailedSubmissionError) as error:
             raise InputError(f"SLURM refused the jobs: {_message(str(error))}") from error
-    tasks = [
-        Task(job.job_id, name, point.config, job.paths.stderr)
-        for job, (name, point) in zip(jobs, order.points.items(), strict=True)
-    ]
-    number = tasks[0].job.partition("_")[0]
-    say(f"submitted {len(tasks)} as job {number}; logs in {logs}")
-    return number, tasks
+        tasks = [
+            Task(job.job_id, name, point.config, job.paths.stderr)
+            for job, (name, point) in zip(jobs, order.points.items(), strict=True)
+        ]
+    write_atomically(logs / JOBS, json.dumps({task.run: task.job for task in tasks}) + "\n")
+    say(f"submitted {len(tasks)} as job {tasks[0].number}; logs in {logs}")
+    return tasks
+
+
+def _setup(group: str | None) -> list[str]:
+    """Let Weights & Biases show the runs of a sweep as one group, as it calls its own variable.
+
+    LORA_ONE_SWEEP would do so too, but it says that a driver in the same job speaks for the run.
+    """
+    return [] if group is None else [f"export WANDB_RUN_GROUP=${{WANDB_RUN_GROUP:-{group}}}"]
 
 
 def _alone(point: Point) -> list[str]:

@@ -40,13 +40,18 @@ class Task:
     stderr: Path
 
     @property
+    def number(self) -> str:
+        """The number of the job, or of the array that it is part of."""
+        return self.job.partition("_")[0]
+
+    @property
     def folder(self) -> Path:
         """The run's folder."""
         return Path(self.config.output_dir) / self.run
 
 
-def watch(number: str, tasks: Sequence[Task], poll_s: float) -> int:
-    """Wait for the end of all tasks of a job array and print what becomes of them.
+def watch(tasks: Sequence[Task], poll_s: float) -> int:
+    """Wait for the end of all tasks and print what becomes of them.
 
     Returns:
         0 if every run is finished; else 1 if one failed, 2 if one was given bad input, and 75 if
@@ -60,7 +65,8 @@ def watch(number: str, tasks: Sequence[Task], poll_s: float) -> int:
     answered = time.monotonic()
     while True:
         try:
-            queue = ask(number)
+            left = dict.fromkeys(task.number for task in tasks if task.job not in ended)
+            queue = {name: job for number in left for name, job in ask(number).items()}
             answered = time.monotonic()
         except QueueError as error:
             if time.monotonic() - answered > SILENCE_S:
