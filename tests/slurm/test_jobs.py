@@ -87,7 +87,7 @@ def test_a_cancelled_run_says_so_and_stays_away(submit, long, results):
     assert "cancelled" in said
     (record,) = records(results)
     assert record["status"] == "preempted"
-    assert "SIGTERM" in record["error"]["message"]
+    assert "SIGTERM" in record["preempted"]["reason"]
     assert not call("squeue", "--noheader", f"--jobs={submission.job}").stdout.strip()
 
 

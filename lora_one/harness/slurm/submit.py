@@ -23,7 +23,7 @@ from pathlib import Path
 from submitit import SlurmExecutor
 from submitit.core.utils import FailedJobError, FailedSubmissionError, JobPaths
 
-from lora_one.errors import InputError
+from lora_one.errors import InputError, PreemptedError
 from lora_one.harness.compose import Point
 from lora_one.harness.config import SlurmLauncher
 from lora_one.harness.console import say
@@ -102,7 +102,7 @@ def submit(points: Sequence[Point], program: str, multirun: bool) -> int:
             return DONE
         try:
             status = watch(tasks, order.launcher.poll_s)
-        except KeyboardInterrupt:
+        except (KeyboardInterrupt, PreemptedError):
             say("the jobs go on; the same command waits for them again")
             raise
     show_table(points)
