@@ -211,3 +211,17 @@ def test_slurm_may_be_silent_for_a_while_but_not_for_ever(small, monkeypatch, tm
     monkeypatch.setattr(watch, "SILENCE_S", 0.05)
     with pytest.raises(InputError, match=r"SLURM does not answer \(down\)"):
         watch.watch([task], poll_s=0.01)
+
+
+@pytest.mark.parametrize(
+    "file",
+    [
+        "accelerate_config.yaml",
+        *sorted(str(f) for f in (ROOT / "accelerate_configs").glob("*.yaml")),
+    ],
+)
+def test_every_accelerate_file_is_one_that_accelerate_reads(file):
+    from accelerate.commands.config.config_args import load_config_from_file
+
+    config = load_config_from_file(str(ROOT / file))
+    assert config.num_processes > 1
