@@ -89,7 +89,7 @@ class Submission:
     def wait_for_steps(self, count: int) -> None:
         def trained() -> bool:
             files = list(self.results.glob("*/metrics.jsonl"))
-            return bool(files) and files[0].read_text().count('"train_loss"') >= count
+            return bool(files) and files[0].read_text().count('"learning_rate"') >= count
 
         wait_until(trained)
 

@@ -39,7 +39,8 @@ def tiny(results) -> list[str]:
 @pytest.fixture
 def long(tiny) -> list[str]:
     """Some seconds of training, so that something can happen in the middle."""
-    return [*tiny, "model.max_steps=200", "model.epochs=1000", "model.logging_steps=1"]
+    steps = ["model.max_steps=200", "model.epochs=1000", "model.logging_steps=1"]
+    return [*tiny, *steps, "model.eval_epochs=1000"]
 
 
 @pytest.fixture

@@ -55,14 +55,13 @@ def test_a_run_whose_job_is_requeued_goes_on_and_finishes(submit, long, results)
 
 
 def test_a_run_that_reaches_its_time_limit_goes_on_in_the_next_job(submit, long, results):
-    submission = submit(*long, "model.max_steps=1000")
-    submission.wait_for_steps(20)
-    # SLURM looks at limits every half minute and warns a minute before this one.
-    limit = ["scontrol", "update", f"JobId={submission.job}"]
-    assert call(*limit, "TimeLimit=1").returncode == 0
-    (run,) = results.glob("*/run.json")
+    # A job of two minutes that has to stop 110 seconds before its end; the next one gets more.
+    limit = ["launcher.timeout_min=2", "preemption.margin_seconds=110"]
+    submission = submit(*long, "model.max_steps=600", *limit)
+    (run,) = wait_until(lambda: list(results.glob("*/run.json")))
     wait_until(lambda: read_json(run).get("status") == "preempted")
-    assert call(*limit, "TimeLimit=10").returncode == 0
+    more = ["scontrol", "update", f"JobId={submission.job}", "TimeLimit=10"]
+    assert call(*more).returncode == 0
     status, said = submission.end()
     assert status == 0, said
     assert "was requeued" in said
@@ -74,7 +73,7 @@ def _finished_without_repeating_a_step(results):
     assert record["status"] == "finished"
     (file,) = results.glob("*/metrics.jsonl")
     lines = map(json.loads, file.read_text().splitlines())
-    steps = [line["step"] for line in lines if "train_loss" in line]
+    steps = [line["step"] for line in lines if "learning_rate" in line]
     assert steps == list(range(1, record["train"]["steps"] + 1))
 
 
