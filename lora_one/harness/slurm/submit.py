@@ -31,7 +31,7 @@ from lora_one.harness.exit_status import DONE
 from lora_one.harness.folder import finished_record, run_id, write_atomically
 from lora_one.harness.ranks import world_size
 from lora_one.harness.slurm.options import as_flags, sbatch_options
-from lora_one.harness.slurm.queue import ask
+from lora_one.harness.slurm.queue import QueueError, ask
 from lora_one.harness.slurm.watch import Task, watch
 from lora_one.harness.source import snapshot_name, take_snapshot
 from lora_one.harness.sweep import show_table, sweep_digest
@@ -143,7 +143,10 @@ def _submitted(points: Mapping[str, Point], output_dir: Path) -> list[Task]:
         }
         if not jobs or shutil.which("squeue") is None:
             continue
-        queue = ask(next(iter(jobs.values())).partition("_")[0])
+        try:
+            queue = ask(next(iter(jobs.values())).partition("_")[0])
+        except QueueError as error:
+            raise InputError(f"SLURM does not answer ({error}). Try again later.") from error
         for run, name in jobs.items():
             job = queue.get(name)
             if job is not None and job.live:
@@ -242,7 +245,7 @@ def _nothing_left_behind(output_dir: Path, program: Path) -> Iterator[Path]:
         folder.chmod(0o755)
         made.append(folder)
         yield folder
-    except BaseException as error:
+    except (InputError, OSError) as error:
         for path in made:
             shutil.rmtree(path, ignore_errors=True)
         for parent in (logs, snapshots, output_dir):
