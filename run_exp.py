@@ -32,6 +32,8 @@ def run(config: Config) -> dict[str, Any]:
         return stages.report_finished(record)
 
     plan = stages.make_plan(config)
+    if not record.acquire():  # another process finished it while this one made its plan
+        return stages.report_finished(record)
     with record.open().closing(), stages.tracking(config, record) as tracker:
         with record.phase("load"):
             base = stages.load(config, plan, record)
