@@ -32,9 +32,10 @@ def run(config: Config) -> dict[str, Any]:
         return stages.report_finished(record)
 
     plan = stages.make_plan(config)
-    if not record.acquire():  # another process finished it while this one made its plan
+    lease = record.acquire()
+    if lease is None:  # another process finished it while this one made its plan
         return stages.report_finished(record)
-    with record.open().closing(), stages.tracking(config, record) as tracker:
+    with lease, record.open().closing(), stages.tracking(config, record) as tracker:
         with record.phase("load"):
             base = stages.load(config, plan, record)
         with record.phase("init"):

@@ -304,7 +304,7 @@ class Lease:
     def __init__(self, folder: Path, generation: int, holder: Holder, on_loss: OnLoss) -> None:
         self.token = holder.token
         self._folder = folder
-        self._generation = generation
+        self.generation = generation
         self._expiry = holder.expiry
         self._on_loss = on_loss
         self._count = 0
@@ -366,7 +366,7 @@ class Lease:
         self._thread.join()
         with suppress(OSError):
             leftovers = list(self._folder.iterdir())
-            if self._is_mine() and _create(self._folder, self._generation + 1, None):
+            if self._is_mine() and _create(self._folder, self.generation + 1, None):
                 for entry in leftovers:
                     entry.unlink(missing_ok=True)
 
@@ -380,7 +380,7 @@ class Lease:
         # The token counts too: the folder may have been deleted and made anew.
         sight = look(self._folder)
         return (
-            sight.generation == self._generation
+            sight.generation == self.generation
             and sight.holder is not None
             and sight.holder.token == self.token
         )

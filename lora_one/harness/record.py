@@ -10,7 +10,7 @@ import platform
 import shutil
 import traceback
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Self
@@ -58,39 +58,37 @@ class RunRecord:
         """The record of an earlier, finished run of the same configuration."""
         return finished_record(self.config)
 
-    def acquire(self) -> bool:
-        """Take the run for this process and its other ranks, until the record is closed.
+    def acquire(self) -> AbstractContextManager[Any] | None:
+        """Take the run for this command: no other may write into its folder meanwhile.
 
         Returns:
-            False if it is not needed: another process has finished the run meanwhile.
+            What gives the run back when it is left; hold it until the record is closed. None if
+            another process has finished the run since this one looked.
 
         Raises:
             RunHeldError: on every rank, if another process is doing the run.
             InputError: if the output folder cannot be written.
         """
-        held_by_another, finished = None, False
+        refusal, finished = None, False
         if self.writes:
+            # A sweep has taken the lease for its point already.
+            token = os.environ.pop(TOKEN_VARIABLE, None)
             try:
-                # A sweep has taken the lease for its point already.
-                token = os.environ.pop(TOKEN_VARIABLE, None)
-                self._lease = acquire(
-                    lease_folder(self.config.output_dir, self.run_id), token=token
-                )
-                if finished := self.finished is not None:
-                    self._release()
+                folder = lease_folder(self.config.output_dir, self.run_id)
+                self._lease = acquire(folder, token=token)
+                finished = finished_record(self.config) is not None
             except RunHeldError as error:
-                held_by_another = str(error)
+                refusal = str(error)
             except OSError as error:
                 raise self._cannot_be_written(error) from error
-        held_by_another, finished = share([held_by_another, finished])
-        if held_by_another is not None:
-            raise RunHeldError(held_by_another)
-        return not finished
-
-    def _release(self) -> None:
-        if self._lease is not None:
-            self._lease.release()
-            self._lease = None
+        refusal, finished = share([refusal, finished])
+        if refusal is not None:
+            raise RunHeldError(refusal)
+        lease = self._lease or nullcontext()
+        if not finished:
+            return lease
+        with lease:
+            return None
 
     def _cannot_be_written(self, error: OSError) -> InputError:
         return InputError(
@@ -118,7 +116,6 @@ class RunRecord:
             write_atomically(self.folder / "config.yaml", settings)
             self._save()
         except OSError as error:
-            self._release()
             raise self._cannot_be_written(error) from error
         return self
 
@@ -196,10 +193,7 @@ class RunRecord:
         self._close("finished")
 
     def _close(self, status: str) -> None:
-        try:
-            self.update(status=status, ended=_now())
-        finally:
-            self._release()
+        self.update(status=status, ended=_now())
 
     def _save(self) -> None:
         self.write_json("run.json", self.facts)
