@@ -18,7 +18,7 @@ from lora_one.errors import PreemptedError
 from lora_one.harness.cli import launch
 from lora_one.harness.config import Config
 from lora_one.harness.folder import run_id, write_atomically
-from lora_one.harness.lease import TOKEN_VARIABLE, acquire, lease_folder
+from lora_one.harness.lease import TOKEN_VARIABLE, Lease, acquire, lease_folder
 from lora_one.harness.sweep import SWEEP_VARIABLE
 
 ROOT = Path(__file__).parents[2]
@@ -35,15 +35,30 @@ def run(config: Config) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         write_atomically(folder / "config.yaml", OmegaConf.to_yaml(config.model_dump()))
         _record(folder, config, "running")
-        print(f"running {config.seed}", flush=True)
-        until = time.monotonic() + 0.2
-        while time.monotonic() < until or (TOLD / f"hold-{config.seed}").exists():
-            time.sleep(0.02)
-            lease.verify()
-        if (TOLD / f"fail-{config.seed}").exists():
+        try:
+            _work(config.seed, lease)
+        except PreemptedError:
+            _record(folder, config, "preempted")
+            raise
+        except RuntimeError:
             _record(folder, config, "failed")
-            sys.exit(1)
+            raise
         _record(folder, config, "finished")
+
+
+def _work(seed: int, lease: Lease) -> None:
+    def stop(number: int, _: object) -> None:
+        raise PreemptedError(signal.Signals(number).name)
+
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, stop)
+    print(f"running {seed}", flush=True)
+    until = time.monotonic() + 0.2
+    while time.monotonic() < until or (TOLD / f"hold-{seed}").exists():
+        time.sleep(0.02)
+        lease.verify()
+    if (TOLD / f"fail-{seed}").exists():
+        raise RuntimeError("told to fail")
 
 
 def _record(folder: Path, config: Config, status: str) -> None:
@@ -60,20 +75,5 @@ def _record(folder: Path, config: Config, status: str) -> None:
     write_atomically(folder / "run.json", json.dumps(record))
 
 
-def guarded(config: Config) -> None:
-    """Stop, with the record saying so, when a scheduler asks."""
-
-    def stop(number: int, _: object) -> None:
-        raise PreemptedError(signal.Signals(number).name)
-
-    for number in (signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(number, stop)
-    try:
-        run(config)
-    except PreemptedError:
-        _record(Path(config.output_dir) / run_id(config), config, "preempted")
-        raise
-
-
 if __name__ == "__main__":
-    sys.exit(launch(guarded, ROOT / "conf", __file__))
+    sys.exit(launch(run, ROOT / "conf", __file__))
