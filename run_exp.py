@@ -32,7 +32,10 @@ def run(config: Config) -> dict[str, Any]:
         return stages.report_finished(record)
 
     plan = stages.make_plan(config)
-    with record.open().closing(), stages.tracking(config, record) as tracker:
+    lease = record.acquire()
+    if lease is None:  # another process finished it while this one made its plan
+        return stages.report_finished(record)
+    with lease, record.open().closing(), stages.tracking(config, record) as tracker:
         with record.phase("load"):
             base = stages.load(config, plan, record)
         with record.phase("init"):

@@ -10,18 +10,20 @@ import platform
 import shutil
 import traceback
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Self
 
 from omegaconf import OmegaConf
 
-from lora_one.errors import InputError
+from lora_one.errors import InputError, RunHeldError
 from lora_one.evaluation.journal import is_part
 from lora_one.harness.config import Config
-from lora_one.harness.folder import finished_record, read_record, run_id, write_atomically
+from lora_one.harness.folder import finished_record, run_id, write_atomically
+from lora_one.harness.lease import TOKEN_VARIABLE, Lease, acquire, lease_folder
 from lora_one.harness.meter import Meter
+from lora_one.harness.peers import share
 
 
 class RunRecord:
@@ -37,6 +39,7 @@ class RunRecord:
         self.writes = writes
         self.run_id = run_id(config)
         self.folder = Path(config.output_dir) / self.run_id
+        self._lease: Lease | None = None
         self._meter = Meter()
         self._phases: list[str] = []
         self.facts: dict[str, Any] = {
@@ -55,9 +58,48 @@ class RunRecord:
         """The record of an earlier, finished run of the same configuration."""
         return finished_record(self.config)
 
+    def acquire(self) -> AbstractContextManager[Any] | None:
+        """Take the run for this command: no other may write into its folder meanwhile.
+
+        Returns:
+            What gives the run back when it is left; hold it until the record is closed. None if
+            another process has finished the run since this one looked.
+
+        Raises:
+            RunHeldError: on every rank, if another process is doing the run.
+            InputError: if the output folder cannot be written.
+        """
+        refusal, finished = None, False
+        if self.writes:
+            # A sweep has taken the lease for its point already.
+            token = os.environ.pop(TOKEN_VARIABLE, None)
+            try:
+                folder = lease_folder(self.config.output_dir, self.run_id)
+                self._lease = acquire(folder, token=token)
+                finished = finished_record(self.config) is not None
+            except RunHeldError as error:
+                refusal = str(error)
+            except OSError as error:
+                raise self._cannot_be_written(error) from error
+        refusal, finished = share([refusal, finished])
+        if refusal is not None:
+            raise RunHeldError(refusal)
+        lease = self._lease or nullcontext()
+        if not finished:
+            return lease
+        with lease:
+            return None
+
+    def _cannot_be_written(self, error: OSError) -> InputError:
+        return InputError(
+            f"output_dir={self.config.output_dir} cannot be written: "
+            f"{error.strerror or error}. Choose another with output_dir=<folder>."
+        )
+
     def open(self) -> Self:
         """Create the folder; what an unfinished earlier attempt left in it goes.
 
+        Call ``acquire`` first: only the process that has the run may write into its folder.
         Replies that it had made stay: the evaluation sees whether they can still be used.
 
         Raises:
@@ -65,7 +107,6 @@ class RunRecord:
         """
         if not self.writes:
             return self
-        self._refuse_if_alive()
         try:
             for entry in self.folder.iterdir() if self.folder.exists() else ():
                 if not is_part(entry):
@@ -75,23 +116,8 @@ class RunRecord:
             write_atomically(self.folder / "config.yaml", settings)
             self._save()
         except OSError as error:
-            raise InputError(
-                f"output_dir={self.config.output_dir} cannot be written: "
-                f"{error.strerror or error}. Choose another with output_dir=<folder>."
-            ) from error
+            raise self._cannot_be_written(error) from error
         return self
-
-    def _refuse_if_alive(self) -> None:
-        """Leave a run alone that another process of this machine is doing right now."""
-        earlier = read_record(self.folder) or {}
-        process = earlier.get("process") or {}
-        if earlier.get("status") != "running" or process.get("host") != platform.node():
-            return
-        if process["pid"] != os.getpid() and Path(f"/proc/{process['pid']}").exists():
-            raise InputError(
-                f"{self.folder} is being written by process {process['pid']}. Wait for it, or stop "
-                "it, or give another output_dir."
-            )
 
     def update(self, **facts: Any) -> None:
         """Add facts to ``run.json``."""
@@ -100,20 +126,26 @@ class RunRecord:
 
     def log(self, **values: Any) -> None:
         """Append one line to ``metrics.jsonl``."""
-        if self.writes:
+        if self._may_write():
             with (self.folder / "metrics.jsonl").open("a") as file:
                 file.write(json.dumps(values) + "\n")
 
     def write_json(self, name: str, value: Mapping[str, Any]) -> None:
         """Write ``<folder>/<name>``."""
-        if self.writes:
+        if self._may_write():
             write_atomically(self.folder / name, json.dumps(value, indent=1) + "\n")
 
     def write_lines(self, name: str, rows: Iterable[Mapping[str, Any]]) -> None:
         """Write ``<folder>/<name>`` as one JSON object per line."""
-        if self.writes:
+        if self._may_write():
             lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
             write_atomically(self.folder / name, lines)
+
+    def _may_write(self) -> bool:
+        """Tell whether this rank writes; the process ends here if the run is no longer its."""
+        if self.writes and self._lease is not None:
+            self._lease.verify()
+        return self.writes
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:

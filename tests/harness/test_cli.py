@@ -133,7 +133,7 @@ def test_a_sweep_isolates_its_points_skips_finished_ones_and_shows_one_table(
     for column in ("optimiser", "lr", "seeds", "accuracy", "init s", "train s", "memory GB"):
         assert column in header
     tables = list((tmp_path / "results" / "sweeps").iterdir())
-    assert {file.suffix for file in tables} == {".md", ".csv"}
+    assert {file.suffix for file in tables} == {".md", ".csv", ".json"}
 
     again = call(*sweep)
     assert again.stdout.count("already done") == 1

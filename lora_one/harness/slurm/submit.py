@@ -34,7 +34,7 @@ from lora_one.harness.slurm.options import as_flags, sbatch_options
 from lora_one.harness.slurm.queue import QueueError, ask
 from lora_one.harness.slurm.watch import Task, watch
 from lora_one.harness.source import snapshot_name, take_snapshot
-from lora_one.harness.sweep import show_table, sweep_digest
+from lora_one.harness.sweep_files import SweepFiles
 
 # In the folder of a submission: run id -> job, so that the same command finds its jobs again.
 JOBS = "jobs.json"
@@ -88,9 +88,10 @@ def submit(points: Sequence[Point], program: str, multirun: bool) -> int:
     if tasks:
         say(f"already submitted: {len(tasks)} of {total}, {', '.join(task.job for task in tasks)}")
     status = DONE
+    files = SweepFiles(points)
     if order.points:
-        group = sweep_digest(points) if multirun else None
-        tasks += _hand_over(order, Path(program).resolve(), group)
+        tasks += _hand_over(order, Path(program).resolve(), files.digest if multirun else None)
+        files.announce()
     if tasks:
         numbers = ",".join(dict.fromkeys(task.number for task in tasks))
         say(
@@ -105,7 +106,7 @@ def submit(points: Sequence[Point], program: str, multirun: bool) -> int:
         except (KeyboardInterrupt, PreemptedError):
             say("the jobs go on; the same command waits for them again")
             raise
-    show_table(points)
+    files.show_table()
     return status
 
 
