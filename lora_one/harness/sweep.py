@@ -1,7 +1,6 @@
 """A sweep: every point in a process of its own, finished ones skipped, one table at the end."""
 
 import hashlib
-import os
 import signal
 import subprocess
 import sys
@@ -12,7 +11,8 @@ from lora_one.harness.compose import Point
 from lora_one.harness.console import say
 from lora_one.harness.exit_status import BAD_INPUT, DONE, FAILED, INTERRUPTED
 from lora_one.harness.folder import finished_record, run_id, write_atomically
-from lora_one.harness.ranks import is_main
+from lora_one.harness.peers import gather, on_end, share
+from lora_one.harness.ranks import environment_of_point, is_main
 
 
 def run_points(points: Sequence[Point], program: str) -> int:
@@ -33,10 +33,12 @@ def run_points(points: Sequence[Point], program: str) -> int:
         name = run_id(point.config)
         say(f"[{index + 1}/{len(points)}] {name}")
         status = DONE
-        if finished_record(point.config):
+        # Rank 0 decides, so that all ranks do the same points.
+        if share(finished_record(point.config) is not None):
             say("already done")
         else:
-            status = _run_alone(point, program, index)
+            statuses = gather(_run_alone(point, program))
+            status = next((status for status in statuses if status != DONE), DONE)
         if status != DONE:
             problems[name] = status
     if is_main():
@@ -46,16 +48,15 @@ def run_points(points: Sequence[Point], program: str) -> int:
     return next(iter(problems.values()), DONE)
 
 
-def _run_alone(point: Point, program: str, index: int) -> int:
+def _run_alone(point: Point, program: str) -> int:
     """Run one point in a fresh process, so that no state of one run reaches the next."""
-    environment = dict(os.environ)
-    if "MASTER_PORT" in environment:
-        # Each point forms a process group of its own: a port of its own, and not the launcher's
-        # store, which still holds the keys of the group before.
-        environment["MASTER_PORT"] = str(int(environment["MASTER_PORT"]) + 1 + index)
-        environment["TORCHELASTIC_USE_AGENT_STORE"] = "False"
     command = [sys.executable, program, *point.overrides]
-    with subprocess.Popen(command, env=environment) as process:
+    environment = environment_of_point(run_id(point.config))
+    # If another rank dies, so does this process, and the point with it.
+    with (
+        subprocess.Popen(command, env=environment) as process,
+        on_end(lambda _: process.terminate()),
+    ):
         try:
             status = process.wait()
         except KeyboardInterrupt:
