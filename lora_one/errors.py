@@ -42,3 +42,7 @@ class PreemptedError(Exception):
 
     The command line turns it into exit status 75: the same command goes on where it stopped.
     """
+
+
+class PeerError(RuntimeError):
+    """Another rank never came, or left before its work was done; the message says which."""

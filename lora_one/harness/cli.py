@@ -18,6 +18,7 @@ from lora_one.errors import (
     InputError,
     NonFiniteError,
     NotPreparedError,
+    PeerError,
     PreemptedError,
     RunHeldError,
 )
@@ -25,8 +26,9 @@ from lora_one.harness import sweep
 from lora_one.harness.compose import Point, compose_config, composer, expand
 from lora_one.harness.config import Config
 from lora_one.harness.exit_status import BAD_INPUT, DONE, FAILED, INTERRUPTED, TRY_AGAIN
+from lora_one.harness.peers import agree, together
 from lora_one.harness.published import translate
-from lora_one.harness.ranks import is_main, require_ranks
+from lora_one.harness.ranks import identify, is_main
 
 Run = Callable[[Config], Any]
 RunTogether = Callable[[list[Config]], Any]
@@ -73,7 +75,8 @@ def launch_together(run: RunTogether, conf: Path, arguments: list[str] | None = 
     arguments = sys.argv[1:] if arguments is None else arguments
 
     def act(points: list[Point], _: bool) -> int:
-        run([point.config for point in points])
+        if is_main():
+            run([point.config for point in points])
         return DONE
 
     # Where things are being prepared, the advice to prepare them would help nobody.
@@ -83,6 +86,7 @@ def launch_together(run: RunTogether, conf: Path, arguments: list[str] | None = 
 def _guarded(conf: Path, arguments: list[str], act: Act, *, advise: bool = True) -> int:
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
+        identify()
         return _dispatch(conf, arguments, act)
     except NotPreparedError as error:
         advice = (
@@ -99,7 +103,7 @@ def _guarded(conf: Path, arguments: list[str], act: Act, *, advise: bool = True)
     except PreemptedError as error:
         _complain(f"preempted: {error}")
         return TRY_AGAIN
-    except NonFiniteError as error:
+    except (NonFiniteError, PeerError) as error:
         _complain(f"failed: {error}")
         return FAILED
     except KeyboardInterrupt:
@@ -138,13 +142,20 @@ def _dispatch(conf: Path, arguments: list[str], act: Act) -> int:
     if HELP_FLAGS & set(questions):
         _let_hydra_answer(conf, questions, options.overrides)
         return 0
-    require_ranks()
+    with together():
+        return _act_on(conf, options.overrides, questions, options.multirun, act)
+
+
+def _act_on(conf: Path, given: list[str], questions: list[str], multirun: bool, act: Act) -> int:
+    """Compose, on every rank the same, and answer or act."""
     with composer(conf):
-        if options.multirun:
-            points, notes = expand(options.overrides)
+        if multirun:
+            points, notes = expand(given)
         else:
-            overrides, notes = translate(options.overrides)
+            overrides, notes = translate(given)
             points = [Point(tuple(overrides), compose_config(overrides))]
+    dumps = [point.config.model_dump(mode="json") for point in points]
+    agree("configuration", dumps if multirun else dumps[0])
     for note in notes:
         _complain(f"note: {note}")
     if questions:
@@ -158,7 +169,7 @@ def _dispatch(conf: Path, arguments: list[str], act: Act) -> int:
 
             show_order(points)
     else:
-        return act(points, options.multirun)
+        return act(points, multirun)
     return 0
 
 
@@ -179,6 +190,8 @@ def _check(questions: list[str], overrides: list[str]) -> None:
 
 def _let_hydra_answer(conf: Path, flags: list[str], overrides: Sequence[str]) -> None:
     """Print what Hydra knows: help, the composed configuration, shell completion."""
+    if not is_main():
+        return
     original = sys.argv
     sys.argv = [original[0], *flags, *overrides]
     answer = hydra.main(version_base="1.3", config_path=str(conf.resolve()), config_name="config")

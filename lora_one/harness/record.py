@@ -8,6 +8,7 @@ import json
 import os
 import platform
 import shutil
+import threading
 import traceback
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -20,10 +21,11 @@ from omegaconf import OmegaConf
 from lora_one.errors import InputError, RunHeldError
 from lora_one.evaluation.journal import is_part
 from lora_one.harness.config import Config
+from lora_one.harness.exit_status import INTERRUPTED, TRY_AGAIN
 from lora_one.harness.folder import finished_record, run_id, write_atomically
 from lora_one.harness.lease import TOKEN_VARIABLE, Lease, acquire, lease_folder
 from lora_one.harness.meter import Meter
-from lora_one.harness.peers import share
+from lora_one.harness.peers import Ending, attend, on_end, share
 
 
 class RunRecord:
@@ -42,6 +44,7 @@ class RunRecord:
         self._lease: Lease | None = None
         self._meter = Meter()
         self._phases: list[str] = []
+        self._saving = threading.Lock()
         self.facts: dict[str, Any] = {
             "run_id": self.run_id,
             "status": "running",
@@ -55,8 +58,8 @@ class RunRecord:
 
     @property
     def finished(self) -> dict[str, Any] | None:
-        """The record of an earlier, finished run of the same configuration."""
-        return finished_record(self.config)
+        """The record of an earlier, finished run of the same configuration, as rank 0 sees it."""
+        return share(finished_record(self.config))
 
     def acquire(self) -> AbstractContextManager[Any] | None:
         """Take the run for this command: no other may write into its folder meanwhile.
@@ -179,8 +182,10 @@ class RunRecord:
     def closing(self) -> Iterator[None]:
         """Leave the record ``finished``, or ``preempted`` (interrupted) or ``failed`` with why."""
         try:
-            yield
+            with on_end(self._close_from_outside):
+                yield
         except BaseException as error:
+            attend(error)
             interrupted = isinstance(error, KeyboardInterrupt)
             self.facts["error"] = {
                 "type": type(error).__name__,
@@ -192,11 +197,30 @@ class RunRecord:
             raise
         self._close("finished")
 
+    def _close_from_outside(self, ending: Ending) -> None:
+        """Close the record in another thread: another rank's end is this run's."""
+        # In C and in one go, so that the main thread changes nothing meanwhile.
+        facts = json.loads(json.dumps(self.facts))
+        with self._saving:
+            writes, self.writes = self.writes, False
+        if not writes:
+            return
+        facts["error"] = {
+            "type": ending.type,
+            "message": str(ending),
+            "phase": self._phases[-1] if self._phases else None,
+            "traceback": ending.traceback,
+        }
+        asked = ending.status in (TRY_AGAIN, INTERRUPTED)
+        facts |= {"status": "preempted" if asked else "failed", "ended": _now()}
+        write_atomically(self.folder / "run.json", json.dumps(facts, indent=1) + "\n")
+
     def _close(self, status: str) -> None:
         self.update(status=status, ended=_now())
 
     def _save(self) -> None:
-        self.write_json("run.json", self.facts)
+        with self._saving:
+            self.write_json("run.json", self.facts)
 
 
 def _now() -> str:

@@ -15,15 +15,18 @@ from lora_one.evaluation.journal import FINAL, discard
 from lora_one.evaluation.loss import mean_token_loss
 from lora_one.harness import evaluation, initialization, training
 from lora_one.harness import export as exporting
+from lora_one.harness import plan as planning
 from lora_one.harness.config import Config
 from lora_one.harness.console import say
 from lora_one.harness.data import Batch, batches_of, remarks, sandbox_remark
+from lora_one.harness.devices import device, require_devices
 from lora_one.harness.diagnosis import NOTHING_FOUND, locate
 from lora_one.harness.init_table import show_layers
 from lora_one.harness.models import base_dtype, has_bf16, load_base, weights_fingerprint
-from lora_one.harness.plan import Plan, make_plan
+from lora_one.harness.peers import agree
+from lora_one.harness.plan import Plan
 from lora_one.harness.provenance import provenance
-from lora_one.harness.ranks import connect, is_main, local_rank, world_size
+from lora_one.harness.ranks import connect, is_main, world_size
 from lora_one.harness.record import RunRecord
 from lora_one.harness.tracking import Tracker, start_tracking
 
@@ -40,6 +43,18 @@ __all__ = [
     "tracking",
     "train",
 ]
+
+
+def make_plan(config: Config) -> Plan:
+    """Think the run through, on all ranks before anything is written on one.
+
+    Raises:
+        InputError: whatever would stop the run; ranks that see other rows or too few devices.
+    """
+    plan = planning.make_plan(config)
+    require_devices()
+    agree("data", plan.data.facts)
+    return plan
 
 
 def load(config: Config, plan: Plan, record: RunRecord) -> PreTrainedModel:
@@ -64,7 +79,7 @@ def load(config: Config, plan: Plan, record: RunRecord) -> PreTrainedModel:
     dtype = base_dtype(config)
     if config.model.bf16 and not has_bf16():
         say("note: this GPU has no bfloat16 arithmetic; computing in float32")
-    return load_base(plan.base, config.model, _device(), dtype)
+    return load_base(plan.base, config.model, device(), dtype)
 
 
 def _keep_tokens(plan: Plan) -> None:
@@ -244,10 +259,3 @@ def _probe(plan: Plan) -> Batch:
 def _log(record: RunRecord, tracker: Tracker, **values: Any) -> None:
     record.log(**values)
     tracker.log(**values)
-
-
-def _device() -> torch.device:
-    if torch.cuda.is_available():
-        torch.cuda.set_device(local_rank())
-        return torch.device("cuda", local_rank())
-    return torch.device("cpu")

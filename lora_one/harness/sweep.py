@@ -1,6 +1,5 @@
 """A sweep: every point in a process of its own, each done once, one table at the end."""
 
-import os
 import signal
 import subprocess
 import sys
@@ -14,9 +13,10 @@ from lora_one.harness.agenda import Agenda, Step
 from lora_one.harness.compose import Point
 from lora_one.harness.console import say
 from lora_one.harness.exit_status import BAD_INPUT, DONE, INTERRUPTED, TRY_AGAIN
+from lora_one.harness.folder import run_id
 from lora_one.harness.lease import TOKEN_VARIABLE
-from lora_one.harness.peers import gather, share
-from lora_one.harness.ranks import is_main
+from lora_one.harness.peers import gather, on_end, share
+from lora_one.harness.ranks import environment_of_point, is_main
 from lora_one.harness.sweep_files import SweepFiles
 
 # Tells a point that it belongs to a sweep, and to which: the name of its files in sweeps/.
@@ -69,27 +69,23 @@ def _work_off(
             raise PreemptedError(step.stop)
         if step.point is None:
             return
-        environment = os.environ | {SWEEP_VARIABLE: digest}
+        point = points[step.point]
+        environment = environment_of_point(run_id(point.config)) | {SWEEP_VARIABLE: digest}
         if agenda is not None:
             environment[TOKEN_VARIABLE] = agenda.lease.token
         # This process holds the lease until the point has taken it over, and if it never does.
         with agenda.lease if agenda is not None else nullcontext():
-            process = _start(points[step.point], program, step.point, environment)
-            statuses = gather(messenger.wait(process))
+            process = _start(point, program, environment)
+            # If another rank dies, so does this process, and the point with it.
+            with on_end(lambda _, process=process: process.terminate()):
+                statuses = gather(messenger.wait(process))
         if agenda is not None:
             status = next((status for status in statuses if status != DONE), DONE)
             agenda.settle(step.point, status, process.pid)
 
 
-def _start(
-    point: Point, program: str, index: int, environment: dict[str, str]
-) -> subprocess.Popen[bytes]:
+def _start(point: Point, program: str, environment: dict[str, str]) -> subprocess.Popen[bytes]:
     """Start a point in a fresh process, so that no state of one run reaches the next."""
-    if "MASTER_PORT" in environment:
-        # Each point forms a process group of its own: a port of its own, and not the launcher's
-        # store, which still holds the keys of the group before.
-        environment["MASTER_PORT"] = str(int(environment["MASTER_PORT"]) + 1 + index)
-        environment["TORCHELASTIC_USE_AGENT_STORE"] = "False"
     return subprocess.Popen([sys.executable, program, *point.overrides], env=environment)
 
 
