@@ -5,7 +5,6 @@ why), 75 not finished (preempted, or another process is at it: try again), 130 i
 """
 
 import shlex
-import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -20,13 +19,15 @@ from lora_one.errors import (
     NotPreparedError,
     PreemptedError,
     RunHeldError,
+    StorageError,
 )
-from lora_one.harness import sweep
+from lora_one.harness import preemption, sweep
 from lora_one.harness.compose import Point, compose_config, composer, expand
 from lora_one.harness.config import Config
 from lora_one.harness.exit_status import BAD_INPUT, DONE, FAILED, INTERRUPTED, TRY_AGAIN
 from lora_one.harness.published import translate
 from lora_one.harness.ranks import is_main, require_ranks
+from lora_one.harness.time_limit import requeueing
 
 Run = Callable[[Config], Any]
 RunTogether = Callable[[list[Config]], Any]
@@ -45,7 +46,8 @@ HYDRA_FLAGS = HELP_FLAGS | {"--cfg", "-c", "--resolve", "--package", "-p", "--in
 def launch(run: Run, conf: Path, program: str, arguments: list[str] | None = None) -> int:
     """Do what the command line says and return the exit status.
 
-    SIGTERM is treated as an interruption, so that a run that a scheduler ends says so.
+    SIGTERM, SIGUSR1, SIGUSR2 and a SLURM time limit that is close stop it, with what is done kept;
+    after all but SIGTERM a SLURM batch job is queued again.
 
     Args:
         run: Runs one experiment.
@@ -56,10 +58,11 @@ def launch(run: Run, conf: Path, program: str, arguments: list[str] | None = Non
     arguments = sys.argv[1:] if arguments is None else arguments
 
     def act(points: list[Point], multirun: bool) -> int:
-        if multirun:
-            return sweep.run_points(points, program)
-        run(points[0].config)
-        return DONE
+        with requeueing(points[0].config.preemption):
+            if multirun:
+                return sweep.run_points(points, program)
+            run(points[0].config)
+            return DONE
 
     return _guarded(conf, arguments, act)
 
@@ -77,9 +80,9 @@ def launch_together(run: RunTogether, conf: Path, arguments: list[str] | None = 
 
 
 def _guarded(conf: Path, arguments: list[str], act: Act, *, advise: bool = True) -> int:
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        return _dispatch(conf, arguments, act)
+        with preemption.listening():
+            return _dispatch(conf, arguments, act)
     except NotPreparedError as error:
         advice = (
             f" Prepare it where there is a network: {prepare_command(arguments)}" if advise else ""
@@ -95,7 +98,7 @@ def _guarded(conf: Path, arguments: list[str], act: Act, *, advise: bool = True)
     except PreemptedError as error:
         _complain(f"preempted: {error}")
         return TRY_AGAIN
-    except NonFiniteError as error:
+    except (NonFiniteError, StorageError) as error:
         _complain(f"failed: {error}")
         return FAILED
     except KeyboardInterrupt:

@@ -8,10 +8,12 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from lora_one.errors import PreemptedError
+from lora_one.harness import preemption
 from lora_one.harness.compose import Point
 from lora_one.harness.console import say
-from lora_one.harness.exit_status import BAD_INPUT, DONE, FAILED, INTERRUPTED
-from lora_one.harness.folder import finished_record, run_id, write_atomically
+from lora_one.harness.exit_status import BAD_INPUT, DONE, FAILED, INTERRUPTED, TRY_AGAIN
+from lora_one.harness.folder import finished_record, read_record, run_id, write_atomically
 from lora_one.harness.ranks import is_main
 
 
@@ -63,6 +65,16 @@ def _run_alone(point: Point, program: str, index: int) -> int:
             process.terminate()
             process.wait()
             raise
+        except PreemptedError:
+            # The point stops as it would alone, and this process after it.
+            process.send_signal(preemption.last_signal())
+            process.wait()
+            raise
+    if status == TRY_AGAIN:
+        record = read_record(Path(point.config.output_dir) / run_id(point.config)) or {}
+        if record.get("status") == "preempted":
+            facts = record["preempted"]
+            raise PreemptedError(facts["reason"], requeues=facts["requeues"])
     if status in (-signal.SIGINT, INTERRUPTED):
         raise KeyboardInterrupt
     return status if status in (DONE, BAD_INPUT) else FAILED
