@@ -5,7 +5,6 @@ why), 75 not finished (preempted, or another process is at it: try again), 130 i
 """
 
 import shlex
-import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -21,14 +20,16 @@ from lora_one.errors import (
     PeerError,
     PreemptedError,
     RunHeldError,
+    StorageError,
 )
-from lora_one.harness import sweep
+from lora_one.harness import preemption, sweep
 from lora_one.harness.compose import Point, compose_config, composer, expand
 from lora_one.harness.config import Config
 from lora_one.harness.exit_status import BAD_INPUT, DONE, FAILED, INTERRUPTED, TRY_AGAIN
 from lora_one.harness.peers import agree, together
 from lora_one.harness.published import translate
 from lora_one.harness.ranks import identify, is_main
+from lora_one.harness.time_limit import requeueing
 
 Run = Callable[[Config], Any]
 RunTogether = Callable[[list[Config]], Any]
@@ -47,7 +48,8 @@ HYDRA_FLAGS = HELP_FLAGS | {"--cfg", "-c", "--resolve", "--package", "-p", "--in
 def launch(run: Run, conf: Path, program: str, arguments: list[str] | None = None) -> int:
     """Do what the command line says and return the exit status.
 
-    SIGTERM is treated as an interruption, so that a run that a scheduler ends says so.
+    SIGTERM, SIGUSR1, SIGUSR2 and a SLURM time limit that is close stop it, with what is done kept;
+    after all but SIGTERM a SLURM batch job is queued again.
 
     Args:
         run: Runs one experiment.
@@ -62,10 +64,11 @@ def launch(run: Run, conf: Path, program: str, arguments: list[str] | None = Non
             from lora_one.harness.slurm.submit import submit
 
             return submit(points, program, multirun)
-        if multirun:
-            return sweep.run_points(points, program)
-        run(points[0].config)
-        return DONE
+        with requeueing(points[0].config.preemption):
+            if multirun:
+                return sweep.run_points(points, program)
+            run(points[0].config)
+            return DONE
 
     return _guarded(conf, arguments, act)
 
@@ -84,10 +87,10 @@ def launch_together(run: RunTogether, conf: Path, arguments: list[str] | None = 
 
 
 def _guarded(conf: Path, arguments: list[str], act: Act, *, advise: bool = True) -> int:
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         identify()
-        return _dispatch(conf, arguments, act)
+        with preemption.listening():
+            return _dispatch(conf, arguments, act)
     except NotPreparedError as error:
         advice = (
             f" Prepare it where there is a network: {prepare_command(arguments)}" if advise else ""
@@ -103,7 +106,7 @@ def _guarded(conf: Path, arguments: list[str], act: Act, *, advise: bool = True)
     except PreemptedError as error:
         _complain(f"preempted: {error}")
         return TRY_AGAIN
-    except (NonFiniteError, PeerError) as error:
+    except (NonFiniteError, PeerError, StorageError) as error:
         _complain(f"failed: {error}")
         return FAILED
     except KeyboardInterrupt:

@@ -189,6 +189,29 @@ class ExportConfig(Section):
     )
 
 
+class CheckpointsConfig(Section):
+    """When training is kept, so that the same command goes on after a kill."""
+
+    every_steps: Count | None = Field(description="after every so many steps; null: by time only")
+    every_seconds: Positive | None = Field(
+        description="when the newest checkpoint is so old; null: by steps only"
+    )
+    keep: Count = Field(description="newest checkpoints kept until the run is finished")
+
+
+class PreemptionConfig(Section):
+    """What happens when the machine is taken away."""
+
+    margin_seconds: NotNegative = Field(
+        description="stop so long before the time limit of a SLURM job"
+    )
+    requeue: bool = Field(
+        description="let SLURM start a batch job again that USR1, USR2 or its time limit stopped"
+    )
+    max_requeues: Annotated[int, Field(ge=0)] = Field(description="at most so often")
+    max_attempts: Count = Field(description="give up after so many attempts without progress")
+
+
 class WandbConfig(Section):
     """Where Weights & Biases keeps the run."""
 
@@ -253,6 +276,8 @@ class Config(Section):
     evaluation: EvaluationConfig
     evaluate: EvaluateConfig
     export: ExportConfig
+    checkpoints: CheckpointsConfig
+    preemption: PreemptionConfig
     tracking: Literal["none", "wandb"]
     wandb: WandbConfig
     launcher: LauncherConfig

@@ -86,23 +86,6 @@ def test_what_would_have_no_effect_is_refused(tmp_path, arguments, message):
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.slow
-def test_a_run_that_a_scheduler_ends_says_so(small_overrides, tmp_path):
-    command = [sys.executable, str(ROOT / "run_exp.py"), "-m", *small_overrides]
-    endless = ["model.epochs=100000", "model.max_steps=100000"]
-    environment = os.environ | {"HF_HUB_OFFLINE": "1"}
-    with subprocess.Popen(
-        [*command, *endless], env=environment, stdout=subprocess.PIPE, text=True
-    ) as sweep:
-        for line in sweep.stdout:
-            if line.startswith("train:"):
-                break
-        sweep.terminate()
-        assert sweep.wait() == 130
-    (file,) = (tmp_path / "results").glob("*/run.json")
-    assert json.loads(file.read_text())["status"] == "preempted"
-
-
 def test_dry_run_of_the_published_command_needs_no_network(tmp_path):
     arguments = [
         *["++dataset_name=meta_math", "+init=gradient", "++peft.lora_r=8", "+peft=all"],
