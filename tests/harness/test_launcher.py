@@ -1,6 +1,7 @@
 """The SLURM launchers without a SLURM: settings, snapshots, how a job is judged by its run."""
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -13,8 +14,8 @@ from lora_one.harness.compose import Point
 from lora_one.harness.exit_status import BAD_INPUT, DONE, FAILED, TRY_AGAIN
 from lora_one.harness.folder import run_id
 from lora_one.harness.slurm import queue, watch
+from lora_one.harness.slurm import submit as submission
 from lora_one.harness.slurm.options import as_flags, sbatch_options
-from lora_one.harness.slurm.submit import make_order
 from lora_one.harness.source import commit, take_snapshot
 
 ROOT = Path(__file__).parents[2]
@@ -69,34 +70,30 @@ def test_every_key_reaches_sbatch(compose):
 def test_points_of_one_array_have_one_launcher(compose):
     points = [Point((), compose("launcher=slurm_1gpu", f"launcher.nodes={n}")) for n in (1, 2)]
     with pytest.raises(InputError, match="the same launcher"):
-        make_order(points)
+        submission.make_order(points)
 
 
-@pytest.mark.parametrize(
-    ("environment", "message"),
-    [({"PATH": ""}, "no sbatch on PATH"), ({"WORLD_SIZE": "2"}, "under 2 ranks")],
-)
-def test_where_nothing_can_be_submitted_nothing_is_written(
-    tmp_path, monkeypatch, environment, message
-):
-    for name, value in environment.items():
-        monkeypatch.setenv(name, value)
-    if "PATH" not in environment:
-        (tmp_path / "sbatch").symlink_to("/bin/false")
-        monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
-        environment |= {"RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
-        environment |= {"MASTER_PORT": "10240"}
-        for name, value in environment.items():
-            monkeypatch.setenv(name, value)
+def test_without_sbatch_nothing_is_submitted_and_nothing_written(tmp_path):
     results = tmp_path / "results"
     command = [sys.executable, str(ROOT / "run_exp.py"), "launcher=slurm_1gpu"]
     answer = subprocess.run(
-        [*command, f"output_dir={results}"], capture_output=True, text=True, check=False
+        [*command, f"output_dir={results}"],
+        env=os.environ | {"PATH": ""},
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert answer.returncode == BAD_INPUT, answer.stderr
-    assert message in answer.stderr
+    assert answer.stderr.startswith("error: launcher=slurm_...: there is no sbatch on PATH.")
     assert answer.stderr.count("\n") == 1
     assert not results.exists()
+
+
+def test_several_ranks_may_not_submit_the_same_jobs(compose, monkeypatch):
+    monkeypatch.setattr(submission, "world_size", lambda: 2)
+    monkeypatch.setattr(submission.shutil, "which", lambda _: "/bin/sbatch")
+    with pytest.raises(InputError, match="under 2 ranks"):
+        submission.submit([Point((), compose("launcher=slurm_1gpu"))], "run_exp.py", False)
 
 
 @pytest.fixture
