@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from lora_one.errors import InputError
 from lora_one.harness.config import Config
 from lora_one.harness.console import say
 from lora_one.harness.exit_status import BAD_INPUT, DONE, FAILED, TRY_AGAIN
@@ -55,10 +54,8 @@ def watch(tasks: Sequence[Task], poll_s: float) -> int:
 
     Returns:
         0 if every run is finished; else 1 if one failed, 2 if one was given bad input, and 75 if
-        all that are left were preempted, cancelled, or done by somebody else.
-
-    Raises:
-        InputError: SLURM has not answered for a quarter of an hour.
+        all that are left were preempted, cancelled, or done by somebody else, or if SLURM has not
+        answered for a quarter of an hour.
     """
     ended: dict[str, int] = {}
     seen: dict[str, str] = {}
@@ -70,10 +67,11 @@ def watch(tasks: Sequence[Task], poll_s: float) -> int:
             answered = time.monotonic()
         except QueueError as error:
             if time.monotonic() - answered > SILENCE_S:
-                raise InputError(
-                    f"SLURM does not answer ({error}). The jobs may still run: give the same "
-                    "command again, it leaves alone what is done."
-                ) from error
+                say(
+                    f"SLURM does not answer ({error}). The jobs may still run: given again, the "
+                    "same command waits for them."
+                )
+                return TRY_AGAIN
         else:
             for task in tasks:
                 job = queue.get(task.job)
