@@ -20,10 +20,11 @@ def run(config: Config) -> dict[str, Any]:
     """Run one experiment and return its record (the contents of ``run.json``).
 
     Every stage is a function of its own in ``lora_one.harness``; a configuration that has
-    already finished is not run again.
+    already finished is not run again, one that was stopped goes on from its newest checkpoint.
     """
     # Imported here, so that --help and a mistyped key are answered before torch is loaded.
     from lora_one.harness import stages
+    from lora_one.harness.preemption import watching
     from lora_one.harness.ranks import is_main
     from lora_one.harness.record import RunRecord
 
@@ -32,7 +33,16 @@ def run(config: Config) -> dict[str, Any]:
         return stages.report_finished(record)
 
     plan = stages.make_plan(config)
-    with record.open().closing(), stages.tracking(config, record) as tracker:
+    lease = record.acquire()
+    if lease is None:  # another process finished it while this one made its plan
+        return stages.report_finished(record)
+    watch = watching(config.preemption.margin_seconds)
+    with (
+        lease,
+        watch,
+        record.open(stages.find_checkpoint(config, plan, record)).closing(),
+        stages.tracking(config, record) as tracker,
+    ):
         with record.phase("load"):
             base = stages.load(config, plan, record)
         with record.phase("init"):

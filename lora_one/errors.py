@@ -37,8 +37,29 @@ class RunHeldError(InputError):
     """
 
 
-class PreemptedError(Exception):
+class PreemptedError(BaseException):
     """The run was asked to stop and did, with what it has done kept; the message says by whom.
 
-    The command line turns it into exit status 75: the same command goes on where it stopped.
+    The command line turns it into exit status 75: the same command goes on where it stopped. No
+    ``Exception``, since a signal may raise it anywhere: a library's ``except Exception`` must not
+    take it for a failure of its own.
+
+    Attributes:
+        requeues: Whether what stopped the run lets it come back by itself.
     """
+
+    def __init__(self, message: str, *, requeues: bool = False) -> None:
+        super().__init__(message)
+        self.requeues = requeues
+
+
+class StorageError(Exception):
+    """The run folder cannot be written any more: a full disk, a file system that is gone.
+
+    The command line turns it into one message and exit status 1: room made, the same command goes
+    on from the newest checkpoint.
+    """
+
+
+class PeerError(RuntimeError):
+    """Another rank never came, or left before its work was done; the message says which."""

@@ -9,6 +9,7 @@ name, so a changed model under an old name is noticed.
 import hashlib
 import json
 import os
+import tempfile
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -54,11 +55,8 @@ def fingerprint(
             content = value.cpu().tolist() if isinstance(value, Tensor) else value
             digest.update(f"{key} {content}".encode())
     key = digest.hexdigest()
-    if dist.is_available() and dist.is_initialized():
-        keys: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(keys, key)
-        key = hashlib.sha256("".join(keys).encode()).hexdigest()
-    return key
+    keys = _of_all_ranks(key)
+    return key if len(keys) == 1 else hashlib.sha256("".join(keys).encode()).hexdigest()
 
 
 def load_cached(
@@ -66,7 +64,8 @@ def load_cached(
 ) -> InitReport | None:
     """Bring the model to the stored start and return its report, or None if there is none."""
     state, report = _files(folder, key)
-    if not (state.is_file() and report.is_file()):
+    # Another run may be storing it just now, so that some ranks see it and others do not.
+    if not all(_of_all_ranks(state.is_file() and report.is_file())):
         return None
     stored = json.loads(report.read_text())
     stored["layers"] = [
@@ -77,18 +76,37 @@ def load_cached(
 
 
 def store(peft_model: PeftModel, folder: Path, key: str, report: InitReport) -> None:
-    """Keep the model's start and its report; the report is written last and makes it valid."""
+    """Keep the model's start and its report; the report comes last and makes it valid.
+
+    Several processes may store the same start at once, also on several machines. One that finds
+    it there leaves it: another may be reading it.
+    """
     if dist.is_available() and dist.is_initialized() and dist.get_rank() != 0:
         return
     folder.mkdir(parents=True, exist_ok=True)
     state, report_file = _files(folder, key)
-    for file, write in (
-        (state, lambda path: save_initial_state(peft_model, path, report.adapter_name)),
-        (report_file, lambda path: path.write_text(json.dumps(report.to_dict()))),
-    ):
-        temporary = file.with_name(f"{file.name}.{os.getpid()}")
-        write(temporary)
-        temporary.replace(file)
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".") as own:
+        new_state, new_report = Path(own) / state.name, Path(own) / report_file.name
+        save_initial_state(peft_model, new_state, report.adapter_name)
+        new_report.write_text(json.dumps(report.to_dict()))
+        if not report_file.is_file():
+            for new, file in ((new_state, state), (new_report, report_file)):
+                _sync(new)
+                new.replace(file)
+
+
+def _of_all_ranks(value: Any) -> list[Any]:
+    if not (dist.is_available() and dist.is_initialized()):
+        return [value]
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def _sync(file: Path) -> None:
+    """Wait until the content is on the disk: its name must not get there first."""
+    with file.open("rb") as stream:
+        os.fsync(stream.fileno())
 
 
 def _source() -> str:

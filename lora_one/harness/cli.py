@@ -5,7 +5,6 @@ why), 75 not finished (preempted, or another process is at it: try again), 130 i
 """
 
 import shlex
-import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -18,15 +17,19 @@ from lora_one.errors import (
     InputError,
     NonFiniteError,
     NotPreparedError,
+    PeerError,
     PreemptedError,
     RunHeldError,
+    StorageError,
 )
-from lora_one.harness import sweep
+from lora_one.harness import preemption, sweep
 from lora_one.harness.compose import Point, compose_config, composer, expand
 from lora_one.harness.config import Config
 from lora_one.harness.exit_status import BAD_INPUT, DONE, FAILED, INTERRUPTED, TRY_AGAIN
+from lora_one.harness.peers import agree, together
 from lora_one.harness.published import translate
-from lora_one.harness.ranks import is_main, require_ranks
+from lora_one.harness.ranks import identify, is_main
+from lora_one.harness.time_limit import requeueing
 
 Run = Callable[[Config], Any]
 RunTogether = Callable[[list[Config]], Any]
@@ -45,7 +48,8 @@ HYDRA_FLAGS = HELP_FLAGS | {"--cfg", "-c", "--resolve", "--package", "-p", "--in
 def launch(run: Run, conf: Path, program: str, arguments: list[str] | None = None) -> int:
     """Do what the command line says and return the exit status.
 
-    SIGTERM is treated as an interruption, so that a run that a scheduler ends says so.
+    SIGTERM, SIGUSR1, SIGUSR2 and a SLURM time limit that is close stop it, with what is done kept;
+    after all but SIGTERM a SLURM batch job is queued again.
 
     Args:
         run: Runs one experiment.
@@ -56,10 +60,15 @@ def launch(run: Run, conf: Path, program: str, arguments: list[str] | None = Non
     arguments = sys.argv[1:] if arguments is None else arguments
 
     def act(points: list[Point], multirun: bool) -> int:
-        if multirun:
-            return sweep.run_points(points, program)
-        run(points[0].config)
-        return DONE
+        if _on_slurm(points):
+            from lora_one.harness.slurm.submit import submit
+
+            return submit(points, program, multirun)
+        with requeueing(points[0].config.preemption):
+            if multirun:
+                return sweep.run_points(points, program)
+            run(points[0].config)
+            return DONE
 
     return _guarded(conf, arguments, act)
 
@@ -69,7 +78,8 @@ def launch_together(run: RunTogether, conf: Path, arguments: list[str] | None = 
     arguments = sys.argv[1:] if arguments is None else arguments
 
     def act(points: list[Point], _: bool) -> int:
-        run([point.config for point in points])
+        if is_main():
+            run([point.config for point in points])
         return DONE
 
     # Where things are being prepared, the advice to prepare them would help nobody.
@@ -77,9 +87,10 @@ def launch_together(run: RunTogether, conf: Path, arguments: list[str] | None = 
 
 
 def _guarded(conf: Path, arguments: list[str], act: Act, *, advise: bool = True) -> int:
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        return _dispatch(conf, arguments, act)
+        identify()
+        with preemption.listening():
+            return _dispatch(conf, arguments, act)
     except NotPreparedError as error:
         advice = (
             f" Prepare it where there is a network: {prepare_command(arguments)}" if advise else ""
@@ -95,12 +106,16 @@ def _guarded(conf: Path, arguments: list[str], act: Act, *, advise: bool = True)
     except PreemptedError as error:
         _complain(f"preempted: {error}")
         return TRY_AGAIN
-    except NonFiniteError as error:
+    except (NonFiniteError, PeerError, StorageError) as error:
         _complain(f"failed: {error}")
         return FAILED
     except KeyboardInterrupt:
         _complain("interrupted")
         return INTERRUPTED
+
+
+def _on_slurm(points: Sequence[Point]) -> bool:
+    return any(point.config.launcher.name == "slurm" for point in points)
 
 
 def prepare_command(arguments: Sequence[str]) -> str:
@@ -130,13 +145,20 @@ def _dispatch(conf: Path, arguments: list[str], act: Act) -> int:
     if HELP_FLAGS & set(questions):
         _let_hydra_answer(conf, questions, options.overrides)
         return 0
-    require_ranks()
+    with together():
+        return _act_on(conf, options.overrides, questions, options.multirun, act)
+
+
+def _act_on(conf: Path, given: list[str], questions: list[str], multirun: bool, act: Act) -> int:
+    """Compose, on every rank the same, and answer or act."""
     with composer(conf):
-        if options.multirun:
-            points, notes = expand(options.overrides)
+        if multirun:
+            points, notes = expand(given)
         else:
-            overrides, notes = translate(options.overrides)
+            overrides, notes = translate(given)
             points = [Point(tuple(overrides), compose_config(overrides))]
+    dumps = [point.config.model_dump(mode="json") for point in points]
+    agree("configuration", dumps if multirun else dumps[0])
     for note in notes:
         _complain(f"note: {note}")
     if questions:
@@ -145,8 +167,12 @@ def _dispatch(conf: Path, arguments: list[str], act: Act) -> int:
         from lora_one.harness.dry_run import show_plan
 
         show_plan([point.config for point in points])
+        if _on_slurm(points):
+            from lora_one.harness.slurm.submit import show_order
+
+            show_order(points)
     else:
-        return act(points, options.multirun)
+        return act(points, multirun)
     return 0
 
 
@@ -167,6 +193,8 @@ def _check(questions: list[str], overrides: list[str]) -> None:
 
 def _let_hydra_answer(conf: Path, flags: list[str], overrides: Sequence[str]) -> None:
     """Print what Hydra knows: help, the composed configuration, shell completion."""
+    if not is_main():
+        return
     original = sys.argv
     sys.argv = [original[0], *flags, *overrides]
     answer = hydra.main(version_base="1.3", config_path=str(conf.resolve()), config_name="config")

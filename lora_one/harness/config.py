@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 # The groups of conf/config.yaml's defaults list.
-GROUPS = ("dataset", "model", "peft", "init", "optimizer", "tracking")
+GROUPS = ("dataset", "model", "peft", "init", "optimizer", "tracking", "launcher")
 
 # init.direction, in the spelling of the papers -> method name of lora_one.initialize.
 METHODS = {
@@ -189,12 +189,78 @@ class ExportConfig(Section):
     )
 
 
+class CheckpointsConfig(Section):
+    """When training is kept, so that the same command goes on after a kill."""
+
+    every_steps: Count | None = Field(description="after every so many steps; null: by time only")
+    every_seconds: Positive | None = Field(
+        description="when the newest checkpoint is so old; null: by steps only"
+    )
+    keep: Count = Field(description="newest checkpoints kept until the run is finished")
+
+
+class PreemptionConfig(Section):
+    """What happens when the machine is taken away."""
+
+    margin_seconds: NotNegative = Field(
+        description="stop so long before the time limit of a SLURM job"
+    )
+    requeue: bool = Field(
+        description="let SLURM start a batch job again that USR1, USR2 or its time limit stopped"
+    )
+    max_requeues: Annotated[int, Field(ge=0)] = Field(description="at most so often")
+    max_attempts: Count = Field(description="give up after so many attempts without progress")
+
+
 class WandbConfig(Section):
     """Where Weights & Biases keeps the run."""
 
     name: str | None = Field(description="display name; null: the run id")
     project: str
     entity: str | None
+
+
+class LocalLauncher(Section):
+    """Run here, in this process, or in one process per point of a sweep."""
+
+    name: Literal["local"]
+
+
+class SlurmLauncher(Section):
+    """Submit the unfinished points as one job array; a job has one task, or rank, per GPU."""
+
+    name: Literal["slurm"]
+    job_name: str = Field(min_length=1)
+    account: str | None
+    partition: str | None = Field(description="null: the cluster's default")
+    qos: str | None
+    constraint: str | None = Field(description="features that the nodes must have")
+    nodes: Count = Field(description="nodes of one job")
+    gpus_per_node: Annotated[int, Field(ge=0)] = Field(description="0: train on CPUs")
+    tasks_per_node: Count | None = Field(description="null: one per GPU; one where there are none")
+    cpus_per_task: Count
+    mem_gb: NotNegative | None = Field(
+        description="memory per node; 0: all of it; null: the cluster's default"
+    )
+    timeout_min: Count = Field(description="time limit of one job, in minutes")
+    signal_delay_s: Count = Field(
+        le=65535, description="seconds before the limit at which SLURM warns the run (SIGUSR2)"
+    )
+    max_parallel: Count | None = Field(description="jobs of the array at a time; null: all")
+    setup: list[str] = Field(description="shell lines before the run, such as module load")
+    additional: dict[str, str | int | float | Literal[True]] = Field(
+        description="further options of sbatch: long name -> value, true for a flag"
+    )
+    wait: bool = Field(description="stay and print the table; false: submit and return")
+    poll_s: Positive = Field(description="seconds between two looks at the queue")
+
+    @property
+    def tasks(self) -> int:
+        """The tasks, or ranks, on each node of a job."""
+        return self.tasks_per_node or max(1, self.gpus_per_node)
+
+
+LauncherConfig = Annotated[LocalLauncher | SlurmLauncher, Field(discriminator="name")]
 
 
 class Config(Section):
@@ -210,8 +276,11 @@ class Config(Section):
     evaluation: EvaluationConfig
     evaluate: EvaluateConfig
     export: ExportConfig
+    checkpoints: CheckpointsConfig
+    preemption: PreemptionConfig
     tracking: Literal["none", "wandb"]
     wandb: WandbConfig
+    launcher: LauncherConfig
     output_dir: str = Field(min_length=1)
     dry_run: bool
     verbose: bool = Field(description="print the init report layer by layer")

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 import lora_one
 from lora_one.harness.config import Config
 from lora_one.harness.data import Batch
+from lora_one.harness.folder import publish, write_atomically
 from lora_one.harness.models import AUTO_CLASSES, Base, base_dtype, load_base
 from lora_one.tasks.registry import TASKS
 
@@ -62,11 +63,20 @@ def export(
     Raises:
         ExportError: if the reloaded adapter does not give the model's logits.
     """
-    if isinstance(model, PeftModel):
-        return _export_adapter(config, base, model, folder / "adapter", probe)
-    model.save_pretrained(folder / "model")
-    tokenizer.save_pretrained(folder / "model")
-    return {"path": "model", "rank": None, "largest_logit_difference": None}
+    name = "adapter" if isinstance(model, PeftModel) else "model"
+    # Nothing half written ever has the final name.
+    partial = folder / f".{name}.partial"
+    try:
+        if isinstance(model, PeftModel):
+            facts = _export_adapter(config, base, model, partial, probe)
+        else:
+            model.save_pretrained(partial)
+            tokenizer.save_pretrained(partial)
+            facts = {"rank": None, "largest_logit_difference": None}
+        publish(partial, folder / name)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return {"path": name} | facts
 
 
 def _export_adapter(
@@ -77,7 +87,6 @@ def _export_adapter(
     if sum(p.numel() for p in model.parameters()) <= LARGEST_CHECKED_BASE:
         difference = _reload_difference(config, base, model, path, probe)
     return {
-        "path": "adapter",
         "rank": report.rank,
         "truncation_error": report.truncation_error,
         "largest_logit_difference": difference,
@@ -153,7 +162,7 @@ def write_card(config: Config, folder: Path, facts: dict[str, Any]) -> None:
         "`config.yaml` and `run.json` beside this folder hold every setting, version and seed.",
         "",
     ]
-    (folder / "adapter" / "README.md").write_text("\n".join(lines))
+    write_atomically(folder / "adapter" / "README.md", "\n".join(lines))
 
 
 def _result_lines(facts: dict[str, Any]) -> list[str]:

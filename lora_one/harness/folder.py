@@ -1,8 +1,10 @@
 """Which folder a run has, what is in it, and how files get there; imports no torch."""
 
+import errno
 import hashlib
 import json
 import os
+import shutil
 import tempfile
 from collections.abc import Collection
 from pathlib import Path
@@ -19,6 +21,9 @@ NOT_PART_OF_THE_RUN = {
     "verbose",
     "tracking",
     "wandb",
+    "launcher",
+    "checkpoints",
+    "preemption",
     "evaluation.batch_size",
     "evaluation.allow_code_execution",
 }
@@ -51,14 +56,6 @@ def run_id(config: Config) -> str:
     The same configuration always has the same name, whatever the time or the job, so that the
     same command finds its run again.
     """
-    settings = config.model_dump()
-    # The same folder by another relative path is the same folder, another one is not.
-    paths = [("dataset", key) for key in path_options(config.dataset.name)]
-    for section, key in [("model", "name"), ("evaluate", "adapter"), *paths]:
-        given = settings[section].get(key)
-        if isinstance(given, str) and Path(given).exists():
-            settings[section][key] = str(Path(given).resolve())
-    settings = without(settings, NOT_PART_OF_THE_RUN)
     rank = f"r{config.peft.lora_r}" if config.peft.use_peft else "full"
     how = [rank, config.optimizer.name, f"lr{config.model.learning_rate:g}"]
     seed: int | None = config.seed
@@ -67,10 +64,22 @@ def run_id(config: Config) -> str:
         how, seed = [], config.evaluation.seed
     elif not config.trains:
         how = [rank, "none"]
-    settings = without(settings, unread(config))
-    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
     names = [config.dataset.name, _model_slug(config.model.name), config.method]
+    digest = settings_digest(config)[:8]
     return "-".join([*names, *how, *([] if seed is None else [f"s{seed}"]), digest])
+
+
+def settings_digest(config: Config) -> str:
+    """Return the SHA-256 of all settings that change what the run computes."""
+    settings = config.model_dump()
+    # The same folder by another relative path is the same folder, another one is not.
+    paths = [("dataset", key) for key in path_options(config.dataset.name)]
+    for section, key in [("model", "name"), ("evaluate", "adapter"), *paths]:
+        given = settings[section].get(key)
+        if isinstance(given, str) and Path(given).exists():
+            settings[section][key] = str(Path(given).resolve())
+    settings = without(settings, NOT_PART_OF_THE_RUN | unread(config))
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
 
 
 def unread(config: Config) -> set[str]:
@@ -141,6 +150,33 @@ def write_atomically(path: Path, text: str) -> None:
             os.fsync(file.fileno())
         Path(temporary).chmod(0o644)
         Path(temporary).replace(path)
+        sync(path.parent)
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
+
+
+def publish(partial: Path, final: Path) -> None:
+    """Give a complete folder its final name, once all of it is on the disk.
+
+    An older folder of that name goes. Both names are in the same folder.
+    """
+    for entry in (*partial.rglob("*"), partial):
+        sync(entry)
+    if final.exists():
+        shutil.rmtree(final)
+    partial.replace(final)
+    sync(final.parent)
+
+
+def sync(path: Path) -> None:
+    """Wait until a file, or the list of names in a folder, is on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        # Some network file systems cannot do it for a folder, which needs no more there.
+        if error.errno != errno.EINVAL:
+            raise
+    finally:
+        os.close(handle)

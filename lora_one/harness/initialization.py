@@ -7,10 +7,12 @@ from peft import PeftModel
 from transformers import PreTrainedModel
 
 import lora_one
+from lora_one.harness.checkpoint import Checkpoint
 from lora_one.harness.config import Config
 from lora_one.harness.models import attach_adapter
 from lora_one.harness.plan import Plan
 from lora_one.harness.ranks import rank, world_size
+from lora_one.harness.training_state import load_model
 from lora_one.numerics.factors import METHODS
 
 
@@ -40,3 +42,16 @@ def initialise(config: Config, plan: Plan, base: PreTrainedModel) -> tuple[Any, 
     batches = plan.init_batches[rank() :: world_size()] or None
     report = lora_one.initialize(model, batches, method=method, **options)
     return model, report.to_dict() | {"summary": report.summary()}
+
+
+def restore(config: Config, plan: Plan, base: PreTrainedModel, checkpoint: Checkpoint) -> Any:
+    """Return the model as it was when a checkpoint was written; nothing is computed anew.
+
+    Raises:
+        InputError: if the checkpoint is of a model with other parameters.
+    """
+    model: Any = base
+    if plan.adapter is not None:
+        model = attach_adapter(base, plan.adapter, config.init.seed, config.init.dtype)
+    load_model(model, checkpoint.path)
+    return model

@@ -2,7 +2,6 @@
 
 import os
 import platform
-import subprocess
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import torch
 
 import lora_one
+from lora_one.harness.source import commit
 
 PACKAGES = ("torch", "transformers", "peft", "tokenizers", "accelerate", "hydra-core")
 
@@ -17,7 +17,7 @@ PACKAGES = ("torch", "transformers", "peft", "tokenizers", "accelerate", "hydra-
 def provenance() -> dict[str, Any]:
     """Describe this process: git commit, package versions, processor, accelerators, threads."""
     return {
-        "git": _git(),
+        "git": commit(),
         "python": platform.python_version(),
         "versions": {"lora-one": lora_one.__version__}
         | {name: _version(name) for name in PACKAGES},
@@ -31,22 +31,6 @@ def provenance() -> dict[str, Any]:
             ],
         },
     }
-
-
-def _git() -> dict[str, Any] | None:
-    root = Path(__file__).parents[2]
-
-    def git(*arguments: str) -> str:
-        command = ["git", "-C", str(root), *arguments]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-
-    try:
-        return {
-            "commit": git("rev-parse", "HEAD"),
-            "dirty": bool(git("status", "--porcelain", "--untracked-files=no")),
-        }
-    except (OSError, subprocess.CalledProcessError):
-        return None  # not a checkout, or no git: an installed package has a version instead
 
 
 def _version(package: str) -> str | None:

@@ -1,27 +1,42 @@
 """The run folder: one directory that describes one run, complete at every moment.
 
 ``run.json`` is replaced atomically, so a reader never sees half of it; ``metrics.jsonl`` grows by
-whole lines. Under several ranks only rank 0 writes.
+whole lines, and is cut back to the length that it had at the checkpoint that a run goes on from.
+Under several ranks only rank 0 writes.
 """
 
 import json
 import os
 import platform
 import shutil
+import threading
 import traceback
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
-from datetime import UTC, datetime
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any, Self
 
 from omegaconf import OmegaConf
 
-from lora_one.errors import InputError
+from lora_one.errors import InputError, PreemptedError, RunHeldError
 from lora_one.evaluation.journal import is_part
+from lora_one.harness import checkpoint as checkpoints
+from lora_one.harness import preemption
+from lora_one.harness.attempts import earlier_attempts, new_attempt, now, require_progress
+from lora_one.harness.checkpoint import Checkpoint
 from lora_one.harness.config import Config
-from lora_one.harness.folder import finished_record, read_record, run_id, write_atomically
+from lora_one.harness.exit_status import INTERRUPTED, TRY_AGAIN
+from lora_one.harness.folder import finished_record, read_record, run_id, sync, write_atomically
+from lora_one.harness.lease import TOKEN_VARIABLE, Lease, acquire, lease_folder
 from lora_one.harness.meter import Meter
+from lora_one.harness.peers import Ending, attend, on_end, share
+from lora_one.harness.storage import as_storage_error
+
+METRICS = "metrics.jsonl"
+# What a resumed run keeps; the rest is made again.
+KEPT = {checkpoints.FOLDER, METRICS, "init.json", "run.json", "wandb"}
+# What the record knows when a checkpoint is written, in that checkpoint.
+KNOWN, KNOWN_FACTS = "record.json", ("losses", "init", "phases")
 
 
 class RunRecord:
@@ -37,61 +52,104 @@ class RunRecord:
         self.writes = writes
         self.run_id = run_id(config)
         self.folder = Path(config.output_dir) / self.run_id
+        self._lease: Lease | None = None
+        self.resumed: Checkpoint | None = None
         self._meter = Meter()
         self._phases: list[str] = []
+        self._saving = threading.Lock()
         self.facts: dict[str, Any] = {
             "run_id": self.run_id,
             "status": "running",
             "method": config.method,
             "seed": config.seed,
             "process": {"host": platform.node(), "pid": os.getpid()},
-            "started": _now(),
+            "started": now(),
             "metrics": {},
             "phases": {},
+            "attempts": [new_attempt(0)],
         }
 
     @property
     def finished(self) -> dict[str, Any] | None:
-        """The record of an earlier, finished run of the same configuration."""
-        return finished_record(self.config)
+        """The record of an earlier, finished run of the same configuration, as rank 0 sees it."""
+        return share(finished_record(self.config))
 
-    def open(self) -> Self:
-        """Create the folder; what an unfinished earlier attempt left in it goes.
+    def acquire(self) -> AbstractContextManager[Any] | None:
+        """Take the run for this command: no other may write into its folder meanwhile.
 
-        Replies that it had made stay: the evaluation sees whether they can still be used.
+        Returns:
+            What gives the run back when it is left; hold it until the record is closed. None if
+            another process has finished the run since this one looked.
 
         Raises:
-            InputError: if the folder cannot be written.
+            RunHeldError: on every rank, if another process is doing the run.
+            InputError: if the output folder cannot be written.
         """
+        refusal, finished = None, False
+        if self.writes:
+            # A sweep has taken the lease for its point already.
+            token = os.environ.pop(TOKEN_VARIABLE, None)
+            try:
+                folder = lease_folder(self.config.output_dir, self.run_id)
+                self._lease = acquire(folder, token=token)
+                finished = finished_record(self.config) is not None
+            except RunHeldError as error:
+                refusal = str(error)
+            except OSError as error:
+                raise self._cannot_be_written(error) from error
+        refusal, finished = share([refusal, finished])
+        if refusal is not None:
+            raise RunHeldError(refusal)
+        lease = self._lease or nullcontext()
+        if not finished:
+            return lease
+        with lease:
+            return None
+
+    def _cannot_be_written(self, error: OSError) -> InputError:
+        return InputError(
+            f"output_dir={self.config.output_dir} cannot be written: "
+            f"{error.strerror or error}. Choose another with output_dir=<folder>."
+        )
+
+    def open(self, checkpoint: Checkpoint | None = None) -> Self:
+        """Create the folder, or go back to what it was when a checkpoint was written.
+
+        What an unfinished earlier attempt did after that goes. Replies that it had made stay: the
+        evaluation sees whether they can still be used.
+
+        Args:
+            checkpoint: What the run goes on from; None: from the start.
+
+        Raises:
+            InputError: if the folder cannot be written, or the last attempts made no progress.
+        """
+        self.resumed = checkpoint
+        if checkpoint is not None:
+            self.facts.update(checkpoint.read_json(KNOWN))
         if not self.writes:
             return self
-        self._refuse_if_alive()
+        attempts = earlier_attempts(read_record(self.folder), self.folder)
+        require_progress(attempts, self.config.preemption.max_attempts, self.folder)
+        attempt = new_attempt(0 if checkpoint is None else checkpoint.step)
+        self.facts["attempts"] = [*attempts, attempt]
         try:
             for entry in self.folder.iterdir() if self.folder.exists() else ():
-                if not is_part(entry):
+                kept = checkpoint is not None and entry.name in KEPT
+                # The record goes last: it says how many attempts there were.
+                if not (kept or is_part(entry) or entry.name == "run.json"):
                     shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+            if checkpoint is not None:
+                checkpoints.drop_others(self.folder, checkpoint)
+                for name, length in checkpoint.lengths.items():
+                    os.truncate(self.folder / name, length)
             self.folder.mkdir(parents=True, exist_ok=True)
             settings = OmegaConf.to_yaml(OmegaConf.create(self.config.model_dump()))
             write_atomically(self.folder / "config.yaml", settings)
             self._save()
         except OSError as error:
-            raise InputError(
-                f"output_dir={self.config.output_dir} cannot be written: "
-                f"{error.strerror or error}. Choose another with output_dir=<folder>."
-            ) from error
+            raise self._cannot_be_written(error) from error
         return self
-
-    def _refuse_if_alive(self) -> None:
-        """Leave a run alone that another process of this machine is doing right now."""
-        earlier = read_record(self.folder) or {}
-        process = earlier.get("process") or {}
-        if earlier.get("status") != "running" or process.get("host") != platform.node():
-            return
-        if process["pid"] != os.getpid() and Path(f"/proc/{process['pid']}").exists():
-            raise InputError(
-                f"{self.folder} is being written by process {process['pid']}. Wait for it, or stop "
-                "it, or give another output_dir."
-            )
 
     def update(self, **facts: Any) -> None:
         """Add facts to ``run.json``."""
@@ -100,20 +158,57 @@ class RunRecord:
 
     def log(self, **values: Any) -> None:
         """Append one line to ``metrics.jsonl``."""
-        if self.writes:
-            with (self.folder / "metrics.jsonl").open("a") as file:
+        if not self._may_write():
+            return
+        path = self.folder / METRICS
+        length = path.stat().st_size if path.exists() else 0
+        try:
+            with path.open("a") as file:
                 file.write(json.dumps(values) + "\n")
+        except OSError:
+            # A disk that is full may have taken half of the line.
+            with suppress(OSError):
+                os.truncate(path, length)
+            raise
+
+    def keep(self, step: int, fill: Callable[[Path], None]) -> None:
+        """Write the checkpoint of a step: what ``fill`` writes, and what the record knows."""
+        metrics = self.folder / METRICS
+        metrics.touch()
+        sync(metrics)
+        self._book()
+
+        def fill_all(folder: Path) -> None:
+            fill(folder)
+            known = {name: self.facts[name] for name in KNOWN_FACTS if name in self.facts}
+            (folder / KNOWN).write_text(json.dumps(known) + "\n", encoding="utf-8")
+
+        checkpoints.write_checkpoint(
+            self.folder,
+            step,
+            fill_all,
+            lengths={METRICS: metrics.stat().st_size},
+            keep=self.config.checkpoints.keep,
+        )
+        self._attempt["step"] = step
+        self._save()
 
     def write_json(self, name: str, value: Mapping[str, Any]) -> None:
         """Write ``<folder>/<name>``."""
-        if self.writes:
+        if self._may_write():
             write_atomically(self.folder / name, json.dumps(value, indent=1) + "\n")
 
     def write_lines(self, name: str, rows: Iterable[Mapping[str, Any]]) -> None:
         """Write ``<folder>/<name>`` as one JSON object per line."""
-        if self.writes:
+        if self._may_write():
             lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
             write_atomically(self.folder / name, lines)
+
+    def _may_write(self) -> bool:
+        """Tell whether this rank writes; the process ends here if the run is no longer its."""
+        if self.writes and self._lease is not None:
+            self._lease.verify()
+        return self.writes
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -123,6 +218,10 @@ class RunRecord:
         adds up, and the outer phase is not charged for it.
         """
         self._book()
+        if not self._phases:
+            self._attempt["phase"] = name
+            self._attempt["phases_entered"] += 1
+            self._save()
         self._phases.append(name)
         yield
         self._book()
@@ -145,27 +244,67 @@ class RunRecord:
 
     @contextmanager
     def closing(self) -> Iterator[None]:
-        """Leave the record ``finished``, or ``preempted`` (interrupted) or ``failed`` with why."""
+        """Leave the record ``finished``, or ``preempted`` (interrupted) or ``failed`` with why.
+
+        Raises:
+            StorageError: in place of an error that means that the folder cannot be written.
+        """
         try:
-            yield
+            with on_end(self._close_from_outside):
+                yield
         except BaseException as error:
-            interrupted = isinstance(error, KeyboardInterrupt)
-            self.facts["error"] = {
-                "type": type(error).__name__,
-                "message": str(error),
-                "phase": self._phases[-1] if self._phases else None,
-                "traceback": traceback.format_exc(),
-            }
-            self._close("preempted" if interrupted else "failed")
+            attend(error)
+            preemption.leave_in_peace()
+            storage = as_storage_error(error, self.folder)
+            phase = self._phases[-1] if self._phases else None
+            if isinstance(error, PreemptedError):
+                reason = {"reason": str(error), "requeues": error.requeues}
+                self.facts["preempted"] = reason | {"phase": phase}
+            else:
+                self.facts["error"] = {
+                    "type": type(error).__name__,
+                    "message": str(storage or error),
+                    "phase": phase,
+                    "traceback": traceback.format_exc(),
+                }
+            stopped = isinstance(error, PreemptedError | KeyboardInterrupt)
+            # Where the folder cannot be written, the message must do.
+            with suppress(OSError) if storage else nullcontext():
+                self._close("preempted" if stopped else "failed")
+            if storage is not None:
+                raise storage from error
             raise
         self._close("finished")
+        if self.writes:
+            shutil.rmtree(self.folder / checkpoints.FOLDER, ignore_errors=True)
+
+    def _close_from_outside(self, ending: Ending) -> None:
+        """Close the record in another thread: another rank's end is this run's."""
+        # In C and in one go, so that the main thread changes nothing meanwhile.
+        facts = json.loads(json.dumps(self.facts))
+        with self._saving:
+            writes, self.writes = self.writes, False
+        if not writes:
+            return
+        facts["error"] = {
+            "type": ending.type,
+            "message": str(ending),
+            "phase": self._phases[-1] if self._phases else None,
+            "traceback": ending.traceback,
+        }
+        asked = ending.status in (TRY_AGAIN, INTERRUPTED)
+        facts |= {"status": "preempted" if asked else "failed", "ended": now()}
+        write_atomically(self.folder / "run.json", json.dumps(facts, indent=1) + "\n")
 
     def _close(self, status: str) -> None:
-        self.update(status=status, ended=_now())
+        self._book()
+        self._attempt.update({"status": status, "ended": now()})
+        self.update(status=status, ended=now())
+
+    @property
+    def _attempt(self) -> dict[str, Any]:
+        return self.facts["attempts"][-1]
 
     def _save(self) -> None:
-        self.write_json("run.json", self.facts)
-
-
-def _now() -> str:
-    return datetime.now(UTC).isoformat(timespec="seconds")
+        with self._saving:
+            self.write_json("run.json", self.facts)

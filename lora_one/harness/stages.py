@@ -5,6 +5,7 @@ import shlex
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,24 +14,33 @@ from transformers import PreTrainedModel
 from lora_one.errors import NonFiniteError
 from lora_one.evaluation.journal import FINAL, discard
 from lora_one.evaluation.loss import mean_token_loss
-from lora_one.harness import evaluation, initialization, training
+from lora_one.harness import evaluation, initialization, resume, training
 from lora_one.harness import export as exporting
+from lora_one.harness import plan as planning
+from lora_one.harness.checkpoint import Checkpoint
 from lora_one.harness.config import Config
 from lora_one.harness.console import say
 from lora_one.harness.data import Batch, batches_of, remarks, sandbox_remark
+from lora_one.harness.devices import device, require_devices
 from lora_one.harness.diagnosis import NOTHING_FOUND, locate
 from lora_one.harness.init_table import show_layers
 from lora_one.harness.models import base_dtype, has_bf16, load_base, weights_fingerprint
-from lora_one.harness.plan import Plan, make_plan
+from lora_one.harness.peers import agree
+from lora_one.harness.plan import Plan
 from lora_one.harness.provenance import provenance
-from lora_one.harness.ranks import connect, is_main, local_rank, world_size
+from lora_one.harness.ranks import connect, is_main, world_size
 from lora_one.harness.record import RunRecord
+from lora_one.harness.resumable import Fill
 from lora_one.harness.tracking import Tracker, start_tracking
+
+# Metrics that are different every time.
+TIMES = ("seconds", "answers_per_second")
 
 __all__ = [
     "describe_export",
     "evaluate",
     "export",
+    "find_checkpoint",
     "initialise",
     "load",
     "make_plan",
@@ -40,6 +50,32 @@ __all__ = [
     "tracking",
     "train",
 ]
+
+
+def make_plan(config: Config) -> Plan:
+    """Think the run through, on all ranks before anything is written on one.
+
+    Raises:
+        InputError: whatever would stop the run; ranks that see other rows or too few devices.
+    """
+    plan = planning.make_plan(config)
+    require_devices()
+    agree("data", plan.data.facts)
+    return plan
+
+
+def find_checkpoint(config: Config, plan: Plan, record: RunRecord) -> Checkpoint | None:
+    """Return what an earlier attempt left to go on from, if it is one of the same run."""
+    if plan.schedule is None:
+        return None
+    found = resume.find_checkpoint(
+        record.folder,
+        lambda: resume.identity_of(config, plan.data, weights_fingerprint(plan.base)),
+        say,
+    )
+    if found is not None:
+        say(f"resuming from step {found.step}")
+    return found
 
 
 def load(config: Config, plan: Plan, record: RunRecord) -> PreTrainedModel:
@@ -64,7 +100,7 @@ def load(config: Config, plan: Plan, record: RunRecord) -> PreTrainedModel:
     dtype = base_dtype(config)
     if config.model.bf16 and not has_bf16():
         say("note: this GPU has no bfloat16 arithmetic; computing in float32")
-    return load_base(plan.base, config.model, _device(), dtype)
+    return load_base(plan.base, config.model, device(), dtype)
 
 
 def _keep_tokens(plan: Plan) -> None:
@@ -78,7 +114,12 @@ def _keep_tokens(plan: Plan) -> None:
 def initialise(
     config: Config, plan: Plan, base: PreTrainedModel, record: RunRecord, tracker: Tracker
 ) -> Any:
-    """Attach and start the adapter; keep the validation loss of the base and of the start."""
+    """Attach and start the adapter; keep the validation loss of the base and of the start.
+
+    A run that goes on has done so already.
+    """
+    if record.resumed is not None:
+        return initialization.restore(config, plan, base, record.resumed)
     base_loss = _validation_loss(config, plan, base, record, "base model")
     if base_loss is not None:
         _log(record, tracker, step=0, base_validation_loss=base_loss)
@@ -103,7 +144,7 @@ def initialise(
 
 def rehearse_export(config: Config, plan: Plan, model: Any, record: RunRecord) -> None:
     """Try the export now, so that it cannot fail after the training."""
-    if is_main() and config.trains:
+    if is_main() and config.trains and record.resumed is None:
         exporting.rehearse_export(config, plan.base, model, record.folder, _probe(plan))
 
 
@@ -124,6 +165,15 @@ def train(config: Config, plan: Plan, model: Any, record: RunRecord, tracker: Tr
             f"warning: all {schedule.total_steps} steps lie in the warm-up of "
             f"{schedule.warmup_steps}, whose first step has rate 0; lower model.warmup_steps"
         )
+    identity = resume.identity_of(config, plan.data, record.facts["model"]["fingerprint"])
+
+    def keep(step: int, fill: Fill) -> None:
+        def fill_and_identify(folder: Path) -> None:
+            fill(folder)
+            resume.write_identity(folder, identity)
+
+        record.keep(step, fill_and_identify)
+
     facts = training.train(
         config,
         model,
@@ -132,6 +182,8 @@ def train(config: Config, plan: Plan, model: Any, record: RunRecord, tracker: Tr
         validate=lambda step: _validation_loss(config, plan, model, record, f"step {step}"),
         log=lambda **values: _log(record, tracker, **values),
         folder=str(record.folder),
+        keep=keep,
+        checkpoint=record.resumed,
     )
     record.facts["losses"] |= {
         "train": facts.pop("train_loss"),
@@ -152,7 +204,9 @@ def evaluate(config: Config, plan: Plan, model: Any, record: RunRecord, tracker:
     metrics = {"validation_loss": record.facts["losses"]["validation"], **result.metrics}
     primary = plan.data.task.primary_metric
     record.update(metrics=metrics, primary_metric=primary, evaluation=facts)
-    _log(record, tracker, step=record.facts["train"]["steps"], **result.metrics)
+    # Without the times: a run that was stopped and went on leaves the same lines.
+    values = {name: value for name, value in result.metrics.items() if name not in TIMES}
+    _log(record, tracker, step=record.facts["train"]["steps"], **values)
 
 
 def export(config: Config, plan: Plan, model: Any, record: RunRecord) -> None:
@@ -244,10 +298,3 @@ def _probe(plan: Plan) -> Batch:
 def _log(record: RunRecord, tracker: Tracker, **values: Any) -> None:
     record.log(**values)
     tracker.log(**values)
-
-
-def _device() -> torch.device:
-    if torch.cuda.is_available():
-        torch.cuda.set_device(local_rank())
-        return torch.device("cuda", local_rank())
-    return torch.device("cpu")

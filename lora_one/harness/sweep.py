@@ -1,25 +1,34 @@
-"""A sweep: every point in a process of its own, finished ones skipped, one table at the end."""
+"""A sweep: every point in a process of its own, each done once, one table at the end."""
 
-import hashlib
-import os
 import signal
 import subprocess
 import sys
 from collections.abc import Sequence
-from pathlib import Path
+from contextlib import nullcontext
+from types import FrameType, TracebackType
+from typing import Self
 
+from lora_one.errors import PreemptedError
+from lora_one.harness.agenda import Agenda, Step
 from lora_one.harness.compose import Point
 from lora_one.harness.console import say
-from lora_one.harness.exit_status import BAD_INPUT, DONE, FAILED, INTERRUPTED
-from lora_one.harness.folder import finished_record, run_id, write_atomically
-from lora_one.harness.ranks import is_main
+from lora_one.harness.exit_status import BAD_INPUT, DONE, INTERRUPTED, TRY_AGAIN
+from lora_one.harness.folder import run_id
+from lora_one.harness.lease import TOKEN_VARIABLE
+from lora_one.harness.peers import gather, on_end, share
+from lora_one.harness.ranks import environment_of_point, is_main
+from lora_one.harness.sweep_files import SweepFiles
+
+# Tells a point that it belongs to a sweep, and to which: the name of its files in sweeps/.
+SWEEP_VARIABLE = "LORA_ONE_SWEEP"
+NOT_DONE = {BAD_INPUT: "bad input", TRY_AGAIN: "not done"}
 
 
 def run_points(points: Sequence[Point], program: str) -> int:
     """Run the points one after the other and show what came out.
 
-    A point that fails does not stop the others. The same command, given again, runs only what is
-    not finished yet.
+    A point that fails does not stop the others. What is finished is not run again, and what other
+    processes are doing is left to them, and waited for at the end.
 
     Args:
         points: What to run.
@@ -27,35 +36,98 @@ def run_points(points: Sequence[Point], program: str) -> int:
 
     Returns:
         0 if every point is finished, else the status of the first that is not.
+
+    Raises:
+        PreemptedError: if this process or a point was asked to stop.
+        InputError: if the output folder cannot be written.
     """
-    problems: dict[str, int] = {}
-    for index, point in enumerate(points):
-        name = run_id(point.config)
-        say(f"[{index + 1}/{len(points)}] {name}")
-        status = DONE
-        if finished_record(point.config):
-            say("already done")
-        else:
-            status = _run_alone(point, program, index)
-        if status != DONE:
-            problems[name] = status
+    files = SweepFiles(points)
+    todo = list(files.runs.values())
     if is_main():
-        _show(points)
-    for name, status in problems.items():
-        say(f"{'bad input' if status == BAD_INPUT else 'failed'}: {name}")
-    return next(iter(problems.values()), DONE)
+        files.announce()
+    with Messenger() as messenger:
+        agenda = Agenda(todo, messenger.asked_to_stop) if is_main() else None
+        _work_off(agenda, todo, program, files.digest, messenger)
+    if agenda is not None:
+        files.show_table()
+        for name, status in agenda.problems.items():
+            say(f"{NOT_DONE.get(status, 'failed')}: {name}")
+    return share(None if agenda is None else next(iter(agenda.problems.values()), DONE))
 
 
-def _run_alone(point: Point, program: str, index: int) -> int:
-    """Run one point in a fresh process, so that no state of one run reaches the next."""
-    environment = dict(os.environ)
-    if "MASTER_PORT" in environment:
-        # Each point forms a process group of its own: a port of its own, and not the launcher's
-        # store, which still holds the keys of the group before.
-        environment["MASTER_PORT"] = str(int(environment["MASTER_PORT"]) + 1 + index)
-        environment["TORCHELASTIC_USE_AGENT_STORE"] = "False"
-    command = [sys.executable, program, *point.overrides]
-    with subprocess.Popen(command, env=environment) as process:
+def _work_off(
+    agenda: Agenda | None,
+    points: Sequence[Point],
+    program: str,
+    digest: str,
+    messenger: "Messenger",
+) -> None:
+    """Run what rank 0's agenda says until it is at its end; all ranks start the same points."""
+    while True:
+        step = Step(*share(None if agenda is None else agenda.next()))
+        if step.stop is not None:
+            raise PreemptedError(step.stop)
+        if step.point is None:
+            return
+        point = points[step.point]
+        environment = environment_of_point(run_id(point.config)) | {SWEEP_VARIABLE: digest}
+        if agenda is not None:
+            environment[TOKEN_VARIABLE] = agenda.lease.token
+        # This process holds the lease until the point has taken it over, and if it never does.
+        with agenda.lease if agenda is not None else nullcontext():
+            process = _start(point, program, environment)
+            # If another rank dies, so does this process, and the point with it.
+            with on_end(lambda _, process=process: process.terminate()):
+                statuses = gather(messenger.wait(process))
+        if agenda is not None:
+            status = next((status for status in statuses if status != DONE), DONE)
+            agenda.settle(step.point, status, process.pid)
+
+
+def _start(point: Point, program: str, environment: dict[str, str]) -> subprocess.Popen[bytes]:
+    """Start a point in a fresh process, so that no state of one run reaches the next."""
+    return subprocess.Popen([sys.executable, program, *point.overrides], env=environment)
+
+
+class Messenger:
+    """Hands the signals that ask for a stop on to the point that runs, and remembers them.
+
+    A scheduler may tell this process only, and it is the point that has something to save.
+    """
+
+    SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+
+    def __init__(self) -> None:
+        self._received: signal.Signals | None = None
+        self._process: subprocess.Popen[bytes] | None = None
+        self._passed_on = False
+
+    def __enter__(self) -> Self:
+        self._before = {number: signal.signal(number, self._receive) for number in self.SIGNALS}
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def asked_to_stop(self) -> str | None:
+        """Say which signal has come, if one has."""
+        return None if self._received is None else f"the sweep got {self._received.name}"
+
+    def wait(self, process: subprocess.Popen[bytes]) -> int:
+        """Wait for a point to end and return its exit status.
+
+        Raises:
+            KeyboardInterrupt: if the point, or this process, was interrupted.
+        """
+        self._process = process
+        if self._received is not None and not self._passed_on:
+            process.send_signal(self._received)  # it came while the point was being started
         try:
             status = process.wait()
         except KeyboardInterrupt:
@@ -63,29 +135,14 @@ def _run_alone(point: Point, program: str, index: int) -> int:
             process.terminate()
             process.wait()
             raise
-    if status in (-signal.SIGINT, INTERRUPTED):
-        raise KeyboardInterrupt
-    return status if status in (DONE, BAD_INPUT) else FAILED
+        finally:
+            self._process = None
+        if status in (-signal.SIGINT, INTERRUPTED):
+            raise KeyboardInterrupt
+        return status
 
-
-def _show(points: Sequence[Point]) -> None:
-    from lora_one.reports.records import load_runs
-    from lora_one.reports.table import render, summarise, to_csv, to_markdown
-
-    # Points that differ in what nothing reads are one run.
-    folders = list(
-        dict.fromkeys(Path(point.config.output_dir) / run_id(point.config) for point in points)
-    )
-    table = summarise(load_runs(folders))
-    render(table)
-    names = "\n".join(folder.name for folder in folders)
-    digest = hashlib.sha256(names.encode()).hexdigest()[:8]
-    target = Path(points[0].config.output_dir) / "sweeps"
-    try:
-        target.mkdir(parents=True, exist_ok=True)
-        write_atomically(target / f"{digest}.md", to_markdown(table))
-        write_atomically(target / f"{digest}.csv", to_csv(table))
-    except OSError as error:
-        say(f"warning: the table could not be written to {target}: {error}")
-    else:
-        say(f"table: {target / digest}.md and .csv")
+    def _receive(self, number: int, _: FrameType | None) -> None:
+        self._received = signal.Signals(number)
+        if self._process is not None:
+            self._passed_on = True
+            self._process.send_signal(number)

@@ -8,17 +8,26 @@ from typing import Any
 import torch
 from torch import nn
 from tqdm import tqdm
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from lora_one.errors import InputError, NonFiniteError
 from lora_one.evaluation.loss import token_loss_sum
+from lora_one.harness import preemption
+from lora_one.harness.checkpoint import Checkpoint
 from lora_one.harness.config import Config, ModelConfig
 from lora_one.harness.console import show_progress
 from lora_one.harness.diagnosis import locate
 from lora_one.harness.models import has_bf16
 from lora_one.harness.optimizers import create_optimizer
 from lora_one.harness.ranks import world_size
+from lora_one.harness.resumable import (
+    Fill,
+    Keeper,
+    ResumableTrainer,
+    recall_losses,
+    recall_state,
+)
 from lora_one.tasks.encoding import Collator, EncodedRows
 
 Log = Callable[..., None]
@@ -68,8 +77,10 @@ def train(
     validate: Callable[[int], float],
     log: Log,
     folder: str,
+    keep: Callable[[int, Fill], None],
+    checkpoint: Checkpoint | None,
 ) -> dict[str, Any]:
-    """Train ``model`` in place.
+    """Train ``model`` in place, or what is left of its training.
 
     The loss of a step is the mean over the supervised tokens of the whole step, whatever the
     micro-batches and ranks it is made of.
@@ -82,19 +93,29 @@ def train(
         validate: Returns the validation loss at a step; called every ``model.eval_epochs``.
         log: Takes one line of metrics as keyword arguments.
         folder: The run folder.
+        keep: Writes the checkpoint of a step, given what fills its folder; called on rank 0.
+        checkpoint: What to go on from; its weights are in ``model`` already.
 
     Returns:
         Facts for the record: steps, tokens, last losses.
 
     Raises:
         NonFiniteError: at the first loss, gradient or weight that is not finite.
+        PreemptedError: after the checkpoint of a step at which some rank was asked to stop.
     """
     schedule = plan_steps(config.model, len(rows))
     journal = Journal(schedule, validate, log)
+    if checkpoint is not None and checkpoint.step == schedule.total_steps:
+        state = recall_state(checkpoint)
+        recall_losses(journal, checkpoint, state)
+        return _facts(state, journal)
     callbacks: list[TrainerCallback] = [journal]
     if config.peft.adalora:
         callbacks.append(RankAllocation(model))
     trainer = GuardedTrainer(
+        keeper=Keeper(config.checkpoints, keep),
+        losses=journal,
+        checkpoint=checkpoint,
         model=model,
         args=_arguments(config, schedule, folder),
         train_dataset=rows,
@@ -105,11 +126,15 @@ def train(
     )
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)
-    trainer.train()
-    require_finite_weights(model, trainer.state.global_step)
+    with preemption.deferred():
+        trainer.train(None if checkpoint is None else str(checkpoint.path))
+    return _facts(trainer.state, journal)
+
+
+def _facts(state: TrainerState, journal: "Journal") -> dict[str, Any]:
     return {
-        "steps": trainer.state.global_step,
-        "tokens": trainer.state.num_input_tokens_seen,
+        "steps": state.global_step,
+        "tokens": state.num_input_tokens_seen,
         "train_loss": journal.train_loss,
         "validation_loss": journal.validation_loss,
     }
@@ -181,8 +206,8 @@ def _adalora_orthogonality(model: nn.Module) -> torch.Tensor:
     return model.peft_config[adapter].orth_reg_weight * torch.stack(penalties).mean()
 
 
-class GuardedTrainer(Trainer):
-    """A Trainer that stops at the first loss or gradient that is not finite."""
+class GuardedTrainer(ResumableTrainer):
+    """A Trainer that stops at the first loss, gradient or kept weight that is not finite."""
 
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any
@@ -196,6 +221,10 @@ class GuardedTrainer(Trainer):
             step = self.state.global_step + 1
             raise NonFiniteError(f"step {step}: loss {loss.item()}; {locate(model, inputs)}")
         return loss
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        require_finite_weights(self.model, self.state.global_step)
+        super()._save_checkpoint(model, trial)
 
 
 def require_finite_weights(model: nn.Module, step: int) -> None:
@@ -216,10 +245,14 @@ class Journal(TrainerCallback):
         self.validation_loss = math.nan
         self.bar: tqdm | None = None
 
-    def on_train_begin(self, *_: Any, **__: Any) -> None:
+    def on_train_begin(self, _: Any, state: TrainerState, *__: Any, **___: Any) -> None:
         """Open the bar."""
         self.bar = tqdm(
-            total=self.schedule.total_steps, desc="train", leave=False, disable=not show_progress()
+            total=self.schedule.total_steps,
+            initial=state.global_step,
+            desc="train",
+            leave=False,
+            disable=not show_progress(),
         )
 
     def on_log(
@@ -232,21 +265,28 @@ class Journal(TrainerCallback):
         self.log(step=state.global_step, **logs)
         self._show()
 
-    def on_step_end(self, _: Any, state: TrainerState, __: TrainerControl, **___: Any) -> None:
-        """Advance the bar; validate at the planned steps and at the last."""
+    def on_step_end(self, _: Any, state: TrainerState, control: TrainerControl, **__: Any) -> None:
+        """Advance the bar; ask for the validation loss at the planned steps and at the last."""
         self.bar.update()
         step = state.global_step
-        if step % self.schedule.eval_every == 0 or step == self.schedule.total_steps:
-            self.validation_loss = self.validate(step)
-            self.log(step=step, epoch=state.epoch, validation_loss=self.validation_loss)
-            self._show()
+        control.should_evaluate = (
+            step % self.schedule.eval_every == 0 or step == self.schedule.total_steps
+        )
+
+    def validate_now(self, state: TrainerState) -> None:
+        """Take the validation loss and write it down."""
+        step = state.global_step
+        self.validation_loss = self.validate(step)
+        self.log(step=step, epoch=state.epoch, validation_loss=self.validation_loss)
+        self._show()
 
     def on_train_end(self, *_: Any, **__: Any) -> None:
         """Close the bar."""
         self.bar.close()
 
     def _show(self) -> None:
-        self.bar.set_postfix(loss=f"{self.train_loss:.3f}", valid=f"{self.validation_loss:.3f}")
+        if self.bar is not None:
+            self.bar.set_postfix(loss=f"{self.train_loss:.3f}", valid=f"{self.validation_loss:.3f}")
 
 
 class RankAllocation(TrainerCallback):

@@ -15,9 +15,15 @@ from lora_one.harness.config import (
     METHODS,
     SCALED_METHODS,
     Config,
+    LauncherConfig,
     OptimizerConfig,
+    Section,
 )
+from lora_one.harness.slurm.options import check_launcher
 from lora_one.harness.task_options import check_options, describe, require_task
+
+# Sections whose keys depend on their ``name``.
+UNIONS = {"optimizer": OptimizerConfig, "launcher": LauncherConfig}
 
 
 def validate(composed: Mapping[str, Any]) -> Config:
@@ -127,6 +133,8 @@ def _check_consistency(config: Config) -> None:
     if peft.lora_target_modules == []:
         raise InputError("peft.lora_target_modules=[] names no layer. Write all, or qv, or a list.")
     _check_evaluation(config)
+    if config.launcher.name == "slurm":
+        check_launcher(config.launcher)
 
 
 def _check_evaluation(config: Config) -> None:
@@ -162,13 +170,18 @@ def _explain(error: ValidationError, composed: Mapping[str, Any]) -> str:
     first = error.errors()[0]
     # A branch of a union is part of pydantic's path but not of the key.
     path = [str(part) for part in first["loc"]]
-    if path[0] == "optimizer" and len(path) > 2:
+    if path[0] in UNIONS and len(path) > 2:
         path.pop(1)
-    if path[0] in ("peft", "init", "evaluation"):
+    if path[0] in ("peft", "init", "evaluation", "launcher"):
         path = path[:2]
     key = ".".join(path)
     kind = first["type"]
     if kind == "extra_forbidden":
+        if path[0] == "launcher" and composed["launcher"].get("name") == "local":
+            return (
+                f"{key}: launcher=local starts no job, so nothing reads this key. Add "
+                "launcher=slurm_1gpu, slurm_node or slurm_multinode."
+            )
         valid = _keys_of(path[:-1], composed)
         where = f"in {'.'.join(path[:-1])}" if path[:-1] else "at the top level"
         return (
@@ -178,26 +191,31 @@ def _explain(error: ValidationError, composed: Mapping[str, Any]) -> str:
     if kind == "missing":
         return f"{key} is missing: give {key}=<value>."
     if kind == "union_tag_invalid":
-        given, valid = composed["optimizer"].get("name"), _optimizer_names()
+        given, valid = composed[path[0]].get("name"), _names(path[0])
+        thing = {"optimizer": "optimiser"}.get(path[0], path[0])
         return (
-            f"optimizer.name={given}: no such optimiser.{nearest(str(given), valid)}"
+            f"{path[0]}.name={given}: no such {thing}.{nearest(str(given), valid)}"
             f" Valid: {', '.join(valid)}."
         )
     return describe(key, first["input"], [first])
 
 
-def _optimizer_names() -> list[str]:
-    branches = get_args(get_args(OptimizerConfig)[0])
-    return [name for b in branches for name in get_args(b.model_fields["name"].annotation)]
+def _branches(section: str) -> tuple[type[Section], ...]:
+    return get_args(get_args(UNIONS[section])[0])
+
+
+def _names(section: str) -> list[str]:
+    fields = [branch.model_fields["name"] for branch in _branches(section)]
+    return [name for field in fields for name in get_args(field.annotation)]
 
 
 def _keys_of(path: list[str], composed: Mapping[str, Any]) -> list[str]:
     """Return the valid keys of the section at ``path``."""
     if not path:
         return list(Config.model_fields)
-    if path == ["optimizer"]:
-        name = composed["optimizer"].get("name")
-        for branch in get_args(get_args(OptimizerConfig)[0]):
+    if len(path) == 1 and path[0] in UNIONS:
+        name = composed[path[0]].get("name")
+        for branch in _branches(path[0]):
             if name in get_args(branch.model_fields["name"].annotation):
                 return list(branch.model_fields)
     section = Config.model_fields[path[0]].annotation

@@ -129,7 +129,8 @@ def load(folder: Path, key: str) -> TokenisedSplit | Miss:
 def store(folder: Path, key: str, split: TokenisedSplit) -> Path:
     """Write an entry: under another name first, so that it is there whole or not at all.
 
-    Several processes may store the same entry at once: each replaces it by the same content.
+    Several processes may store the same entry at once. One that finds it there leaves it: others
+    have it mapped into memory, and on NFS lose what is replaced from another machine.
     """
     import pyarrow
 
@@ -153,8 +154,11 @@ def store(folder: Path, key: str, split: TokenisedSplit) -> Path:
                 writer.write_table(table)
             file.flush()
             os.fsync(file.fileno())
-        Path(temporary).chmod(0o644)
-        Path(temporary).replace(target)
+        if isinstance(load(folder, key), TokenisedSplit):
+            Path(temporary).unlink()
+        else:
+            Path(temporary).chmod(0o644)
+            Path(temporary).replace(target)
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise

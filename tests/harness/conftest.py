@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from forks import Forks
 from transformers import (
     AutoTokenizer,
     LlamaConfig,
@@ -135,3 +136,11 @@ def run():
 def read():
     """Read a JSON file of a run folder."""
     return lambda folder, name: json.loads((Path(folder) / name).read_text())
+
+
+@pytest.fixture(scope="session")
+def forks(tmp_path_factory):
+    """Start the command line many times, without importing torch each time."""
+    parent = Forks(tmp_path_factory.mktemp("forks"))
+    yield parent
+    parent.close()

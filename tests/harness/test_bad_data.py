@@ -5,7 +5,6 @@ from pathlib import Path
 import pytest
 
 from lora_one.errors import InputError
-from lora_one.harness.ranks import require_ranks
 
 
 def overwrite(folder: Path, split: str, text: str) -> str:
@@ -73,17 +72,9 @@ def test_targets_that_are_not_linear_or_no_expression(small, run):
 
 
 def test_more_ranks_than_micro_batches(small, run, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr("lora_one.harness.data.world_size", lambda: 2)
     with pytest.raises(InputError, match=r"init\.iters=1 micro-batches cannot be shared by 2"):
         run(small("init.iters=1", "model.per_device_batch_size=4"))
-
-
-def test_srun_with_several_tasks_and_no_ranks(monkeypatch):
-    for name, value in (("SLURM_NTASKS", "2"), ("SLURM_STEP_ID", "0"), ("SLURM_PROCID", "0")):
-        monkeypatch.setenv(name, value)
-    monkeypatch.delenv("RANK", raising=False)
-    with pytest.raises(InputError, match="srun -n 1"):
-        require_ranks()
 
 
 def test_an_output_folder_that_cannot_be_written(small, run, tmp_path):

@@ -442,7 +442,7 @@ def test_what_vllm_cannot_do_is_said_before_anything_is_loaded(
     monkeypatch.setitem(sys.modules, "vllm", None)
     more = [f"model.name={t5_folder}"] if overrides == ["t5"] else []
     if overrides == ["ranks"]:
-        monkeypatch.setenv("WORLD_SIZE", "2")
+        monkeypatch.setattr("lora_one.harness.evaluation.world_size", lambda: 2)
     config = small("evaluation.engine=vllm", "train=none", "init=lora", *more)
     with pytest.raises(InputError, match=message):
         run(config)

@@ -3,7 +3,6 @@
 import json
 import math
 import os
-import platform
 import subprocess
 import sys
 from pathlib import Path
@@ -15,9 +14,11 @@ from peft import PeftConfig
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from lora_one.errors import InputError, NonFiniteError
+from lora_one.errors import InputError, NonFiniteError, RunHeldError
 from lora_one.harness import export
 from lora_one.harness.folder import run_id
+from lora_one.harness.lease import acquire, lease_folder, look
+from lora_one.harness.record import RunRecord
 
 ROOT = Path(__file__).parents[2]
 INITS = ["lora", "gaussian", "kaiming", "orthogonal", "pissa", "olora", "lora_ga", "lora_one"]
@@ -75,12 +76,20 @@ def test_the_run_folder_holds_what_it_promises(small, run):
 def test_a_run_that_another_process_is_doing_is_left_alone(small, run):
     config = small()
     folder = Path(config.output_dir) / run_id(config)
-    folder.mkdir(parents=True)
-    process = {"host": platform.node(), "pid": os.getppid()}
-    (folder / "run.json").write_text(json.dumps({"status": "running", "process": process}))
-    with pytest.raises(InputError, match=f"being written by process {os.getppid()}"):
-        run(config)
-    assert json.loads((folder / "run.json").read_text())["process"] == process
+    with acquire(lease_folder(config.output_dir, run_id(config))):
+        with pytest.raises(RunHeldError, match=f"another process is doing .* {os.getpid()}, since"):
+            run(config)
+        assert not folder.exists()
+
+
+def test_a_run_that_another_process_finishes_meanwhile_is_not_done_again(small, run, monkeypatch):
+    config = small("init=lora", "train=none")
+    record = run(config)
+    looks = iter([None])
+    monkeypatch.setattr(RunRecord, "finished", property(lambda _: next(looks, record)))
+    monkeypatch.setattr(RunRecord, "open", None)
+    assert run(config) == record
+    assert look(lease_folder(config.output_dir, run_id(config))).holder is None
 
 
 def test_an_interrupted_run_says_so(small, run, monkeypatch):

@@ -1,0 +1,173 @@
+"""What a sweep does next: the points that nobody has done and nobody is doing.
+
+Several sweeps over one output folder share the work, wherever they run: each takes the next free
+point, puts aside what another is doing, and looks at that again at the end. Under several ranks
+only rank 0 has an agenda.
+"""
+
+import platform
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from lora_one.errors import InputError, RunHeldError
+from lora_one.harness.compose import Point
+from lora_one.harness.console import say
+from lora_one.harness.exit_status import BAD_INPUT, DONE, FAILED, TRY_AGAIN
+from lora_one.harness.folder import finished_record, read_record, run_id
+from lora_one.harness.lease import (
+    LOOKS_PER_EXPIRY,
+    Lease,
+    Watch,
+    claim,
+    expiry_seconds,
+    lease_folder,
+)
+
+# A point that says so often that another process is doing it, when none is, will go on saying so.
+MOST_REFUSALS = 3
+
+
+class Step(NamedTuple):
+    """What to do next, as JSON values: run a point, stop with a reason, or neither: the end."""
+
+    point: int | None = None
+    stop: str | None = None
+
+
+class Agenda:
+    """The points of one sweep, and what became of them.
+
+    Args:
+        points: What to run.
+        asked_to_stop: Returns the name of the signal that asked this process to stop, or None.
+    """
+
+    def __init__(self, points: Sequence[Point], asked_to_stop: Callable[[], str | None]) -> None:
+        self.problems: dict[str, int] = {}
+        self.lease: Lease | None = None
+        self._points = points
+        self._asked_to_stop = asked_to_stop
+        self._names = [run_id(point.config) for point in points]
+        self._open = deque(range(len(points)))
+        self._aside: dict[int, str] = {}
+        self._seen_held: set[int] = set()
+        self._refusals = [0] * len(points)
+        self._preempted: str | None = None
+        self._waits = False
+        self._watches = [
+            Watch(lease_folder(point.config.output_dir, name))
+            for point, name in zip(points, self._names, strict=True)
+        ]
+        # Generations only grow: what has a higher one later on was worked at during this sweep.
+        self._before = [watch.look().generation for watch in self._watches]
+
+    def next(self) -> Step:
+        """Find the next point to run, and take its lease for the process that will run it.
+
+        Waits while all that is left is being done by others.
+
+        Raises:
+            InputError: if the output folder cannot be written.
+        """
+        while self._open or self._aside:
+            if reason := self._preempted or self._asked_to_stop():
+                return Step(stop=f"{reason}; {self._progress()}")
+            if not self._open:
+                self._wait()
+            index = self._open.popleft()
+            if finished_record(self._points[index].config):
+                self._say(index, "already done")
+            elif self._take(index):
+                self._say(index)
+                return Step(point=index)
+        return Step()
+
+    def settle(self, index: int, status: int, pid: int) -> None:
+        """Take note of how the process that ran a point ended.
+
+        Args:
+            index: The point.
+            status: Its exit status.
+            pid: Its process id.
+        """
+        name = self._names[index]
+        # A signal may reach a point before it can heed one.
+        stopped = status < 0 and self._asked_to_stop() is not None
+        if stopped or (status == TRY_AGAIN and self._was_preempted(index, pid)):
+            self._preempted = f"{name} was asked to stop"
+            self._open.appendleft(index)
+        elif status == TRY_AGAIN and self._refusals[index] < MOST_REFUSALS:
+            self._refusals[index] += 1
+            self._put_aside(index, "another process was faster")
+        elif status != DONE:
+            known = status in (BAD_INPUT, TRY_AGAIN)
+            self.problems[name] = status if known else FAILED
+
+    def _take(self, index: int) -> bool:
+        """Claim a point; tell whether it is now this sweep's to run."""
+        watch = self._watches[index]
+        try:
+            lease = claim(watch, on_loss=_leave_to_the_successor)
+        except RunHeldError:
+            self._put_aside(index, f"being done by {watch.look()}")
+            return False
+        except OSError as error:
+            raise InputError(
+                f"{watch.folder} cannot be written: {error.strerror or error}. Choose another "
+                "folder with output_dir=<folder>."
+            ) from error
+        # What others did up to the claim is certain only now.
+        if finished_record(self._points[index].config):
+            self._say(index, "already done")
+        elif lease.generation - 1 > self._before[index] and self._has_failed(index):
+            self._say(index, "failed meanwhile, and is not done twice")
+            self.problems.setdefault(self._names[index], FAILED)
+        else:
+            self.lease = lease
+            return True
+        lease.release()
+        return False
+
+    def _put_aside(self, index: int, why: str) -> None:
+        if index not in self._seen_held:
+            self._seen_held.add(index)
+            self._say(index, f"{why}; later")
+        self._aside[index] = why
+
+    def _wait(self) -> None:
+        """Wait a little for others, and look at all that was put aside again."""
+        if not self._waits:
+            self._waits = True
+            points = "1 point" if len(self._aside) == 1 else f"{len(self._aside)} points"
+            say(f"waiting for {points}, {' and '.join(dict.fromkeys(self._aside.values()))}")
+        time.sleep(expiry_seconds() / LOOKS_PER_EXPIRY)
+        self._open.extend(sorted(self._aside))
+        self._aside.clear()
+
+    def _record(self, index: int) -> dict[str, Any]:
+        folder = Path(self._points[index].config.output_dir) / self._names[index]
+        return read_record(folder) or {}
+
+    def _has_failed(self, index: int) -> bool:
+        return self._record(index).get("status") == "failed"
+
+    def _was_preempted(self, index: int, pid: int) -> bool:
+        """Tell a point that was asked to stop from one that another process took."""
+        record = self._record(index)
+        writer = {"host": platform.node(), "pid": pid}
+        return record.get("status") == "preempted" and record.get("process") == writer
+
+    def _progress(self) -> str:
+        done = sum(finished_record(point.config) is not None for point in self._points)
+        return f"{done} of {len(self._points)} points are finished; the same command does the rest"
+
+    def _say(self, index: int, what: str | None = None) -> None:
+        line = f"[{index + 1}/{len(self._points)}] {self._names[index]}"
+        say(line if what is None else f"{line}: {what}")
+
+
+def _leave_to_the_successor(_: str) -> None:
+    """Do nothing: the point itself succeeds this process, which writes nothing of the run."""
