@@ -1,4 +1,4 @@
-"""Two gloo ranks are one run: same rows, same start, same steps, one writer."""
+"""Several ranks are one run: who is which, the same rows, start and steps, one writer, one end."""
 
 import json
 import os
@@ -9,47 +9,326 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-ROOT = Path(__file__).parents[2]
+from lora_one.errors import InputError
+from lora_one.harness.devices import check_devices
+from lora_one.harness.ranks import identify
+from lora_one.harness.slurm_step import expand_counts, expand_hosts
+
+from .launching import LAUNCHERS, ROOT, srun, step
+
+TORCHRUN = ["-m", "torch.distributed.run", "--nproc-per-node=2"]
+
+
+def identified(environment: dict[str, str]) -> dict[str, str]:
+    identify(environment)
+    return {name: environment[name] for name in LAUNCHERS if name in environment}
+
+
+def test_tasks_of_a_step_on_one_node():
+    assert identified(step(1, 2)) == {
+        "RANK": "1",
+        "WORLD_SIZE": "2",
+        "LOCAL_RANK": "1",
+        "LOCAL_WORLD_SIZE": "2",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(10240 + 16 * 41),
+    }
+
+
+def test_tasks_of_a_step_on_several_nodes():
+    several = {
+        "SLURM_STEP_NODELIST": "gpu[07-08,11],x1",
+        "SLURM_STEP_TASKS_PER_NODE": "2(x3),1",
+        "SLURM_JOB_NODELIST": "gpu[05-11],x[1-2]",
+        "SLURM_NODEID": "3",
+        "SLURM_LOCALID": "0",
+        "SLURM_GTIDS": "6",
+        # The job's own numbers are those of all its steps.
+        "SLURM_NTASKS": "14",
+    }
+    found = identified(step(6, 7, **several))
+    assert found["MASTER_ADDR"] == "gpu07"
+    assert (found["RANK"], found["WORLD_SIZE"]) == ("6", "7")
+    assert (found["LOCAL_RANK"], found["LOCAL_WORLD_SIZE"]) == ("0", "1")
+
+
+def test_who_is_identified_stays_so():
+    environment = step(1, 2)
+    first = identified(environment)
+    # A child of this rank may be started in a step of its own, and stays a part of the rank.
+    assert identified(environment | {"SLURM_PROCID": "0", "SLURM_STEP_ID": "9"}) == first
+
+
+def test_what_the_user_chose_stays():
+    chosen = {"MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "12345", "WORLD_SIZE": "2"}
+    assert identified(step(0, 2, **chosen)) | chosen == identified(step(0, 2, **chosen))
+
+
+def test_jobs_and_steps_have_ports_of_their_own():
+    ports = {
+        identified(step(0, 2, SLURM_JOB_ID=str(job), SLURM_STEP_ID=str(number)))["MASTER_PORT"]
+        for job in range(4_000_000, 4_000_700)
+        for number in range(16)
+    }
+    assert len(ports) == 700 * 16
+    assert all(1024 < int(port) < 32768 for port in ports)
+
+
+@pytest.mark.parametrize(
+    "environment",
+    [
+        {},
+        {"WORLD_SIZE": "1"},
+        # The shell of sbatch and of salloc, for whatever number of tasks.
+        {"SLURM_JOB_ID": "41", "SLURM_NTASKS": "2", "SLURM_PROCID": "0", "SLURM_LOCALID": "0"},
+        # salloc's interactive step.
+        step(0, 1, SLURM_STEP_ID=str(0xFFFFFFFA), SLURM_NTASKS="2"),
+        step(0, 2, SLURM_STEP_ID=str(0xFFFFFFFA)),
+        step(0, 1, SLURM_NTASKS="2"),
+        # A batch script submitted from inside a step, whose variables it inherits.
+        step(0, 2, SLURM_GTIDS="0"),
+        step(0, 2, SLURM_JOB_NODELIST="node[8-9]"),
+    ],
+)
+def test_one_process_waits_for_nobody(environment):
+    assert set(identified(environment)) <= {"WORLD_SIZE"}
+
+
+def test_the_variables_of_a_launcher_come_before_those_of_slurm():
+    launched = {
+        "RANK": "3",
+        "WORLD_SIZE": "4",
+        "LOCAL_RANK": "1",
+        "LOCAL_WORLD_SIZE": "2",
+        "MASTER_ADDR": "a",
+        "MASTER_PORT": "29500",
+    }
+    assert identified(step(0, 2) | launched) == launched
+
+
+@pytest.mark.parametrize(
+    ("environment", "message"),
+    [
+        ({"WORLD_SIZE": "2"}, "WORLD_SIZE=2 and no RANK, LOCAL_RANK, MASTER_ADDR, MASTER_PORT"),
+        ({"RANK": "1"}, "RANK=1 and WORLD_SIZE not set"),
+        ({"RANK": "2", "WORLD_SIZE": "2"}, "RANK=2 and WORLD_SIZE 2"),
+        ({"RANK": "0", "WORLD_SIZE": "2"}, "no LOCAL_RANK, MASTER_ADDR, MASTER_PORT"),
+        ({"RANK": "x", "WORLD_SIZE": "2"}, "RANK=x: expected a number"),
+        (step(0, 2, WORLD_SIZE="4"), "WORLD_SIZE=4 contradicts SLURM_STEP_NUM_TASKS=2"),
+        (step(0, 2, SLURM_STEP_TASKS_PER_NODE="3"), "TASKS_PER_NODE=3, SLURM_STEP_NUM_TASKS=2"),
+        (step(0, 2, SLURM_STEP_TASKS_PER_NODE="two"), "SLURM_STEP_TASKS_PER_NODE=two"),
+        (step(0, 2, SLURM_STEP_NODELIST="a,b"), "contradict each other"),
+        (step(0, 2, SLURM_NODEID="1"), "SLURM_NODEID=1, SLURM_STEP_NODELIST=node7"),
+        (step(2, 2), "SLURM_PROCID=2, SLURM_STEP_NUM_TASKS=2 contradict"),
+        (step(1, 2, SLURM_LOCALID="2"), "SLURM_LOCALID=2, SLURM_STEP_TASKS_PER_NODE=2"),
+        (step(1, 2, SLURM_LOCALID=""), "no SLURM_LOCALID"),
+        (step(1, 2, SLURM_STEP_ID="x"), "SLURM_STEP_ID=x: expected a number"),
+    ],
+)
+def test_half_an_environment_and_contradictions_are_bad_input(environment, message):
+    with pytest.raises(InputError) as error:
+        identify(environment)
+    assert message in str(error.value)
+    assert environment["RANK"].isdecimal() or "RANK=x" in message
+
+
+@pytest.mark.parametrize(
+    ("text", "hosts"),
+    [
+        ("a", ["a"]),
+        ("node[003-005,010],x1", ["node003", "node004", "node005", "node010", "x1"]),
+        ("n[9-11]", ["n9", "n10", "n11"]),
+        ("r[1-2]c[01-02]-ib", ["r1c01-ib", "r1c02-ib", "r2c01-ib", "r2c02-ib"]),
+    ],
+)
+def test_lists_of_hosts(text, hosts):
+    assert expand_hosts(text) == hosts
+
+
+def test_lists_of_counts():
+    assert expand_counts("2(x3),1") == [2, 2, 2, 1]
+    assert expand_counts("4") == [4]
+
+
+def test_ranks_do_not_share_a_gpu():
+    alone = {"host": "a", "gpus": 1, "ranks": 2}
+    check_devices([alone | {"gpu": "u0"}, alone | {"gpu": "u1"}])  # one GPU bound to each task
+    with pytest.raises(InputError, match=r"ranks 0 and 1 on host a would share a GPU: 2 ranks on"):
+        check_devices([alone | {"gpu": "u0"}, alone | {"gpu": "u0"}])
+    with pytest.raises(InputError, match="rank 1 on host a sees 0 GPUs and rank 0 on host a sees"):
+        check_devices([alone | {"gpu": "u0"}, alone | {"gpus": 0, "gpu": None}])
+
+
+@pytest.fixture
+def overrides(llama_folder, rows_folder, tmp_path):
+    return [
+        f"model.name={llama_folder}",
+        f"dataset.path={rows_folder}",
+        f"output_dir={tmp_path / 'results'}",
+        "dataset.max_new_tokens=4",
+        "dataset.train_rows=32",
+        "dataset.test_rows=2",
+        "model.real_batch_size=8",
+        "model.per_device_batch_size=2",
+        "peft.lora_r=4",
+    ]
+
+
+def read(place: Path) -> dict[str, dict]:
+    """The records in a results folder, by method."""
+    records = [json.loads(file.read_text()) for file in place.glob("*/run.json")]
+    return {record["method"]: record for record in records}
+
+
+def torchrun(command: list[str]) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, *TORCHRUN, *command],
+        env=os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=180,
+    )
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("init", ["lora_one", "lora_ga", "pissa"])
-def test_two_ranks_end_where_one_process_with_the_same_global_batch_ends(
-    llama_folder, rows_folder, tmp_path, init
-):
-    def train(*launcher: str):
-        place = tmp_path / f"{len(launcher)}"
-        overrides = [
-            f"init={init}",
-            f"model.name={llama_folder}",
-            f"dataset.path={rows_folder}",
-            f"output_dir={place}",
-            "dataset.max_new_tokens=4",
-            "dataset.train_rows=32",
-            "model.real_batch_size=8",
-            "model.per_device_batch_size=2",
-            "model.learning_rate=1e-3",
-            "peft.lora_r=4",
-        ]
-        answer = subprocess.run(
-            [sys.executable, *launcher, str(ROOT / "run_exp.py"), "-m", *overrides],
-            env=os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        assert answer.returncode == 0, answer.stderr
-        (folder,) = place.glob("arithmetic-*")
-        record = json.loads((folder / "run.json").read_text())
-        return answer.stdout, record, load_file(folder / "adapter" / "adapter_model.safetensors")
+def test_two_ranks_end_where_one_process_with_the_same_global_batch_ends(overrides, tmp_path):
+    # AdamW's first steps are sign-like: they would amplify the last bits of a gradient that is
+    # nearly zero, in which sums in another order differ. A larger eps leaves them as they are.
+    sweep = ["-m", "init=lora_one,lora_ga,pissa", *overrides]
+    sweep += ["model.learning_rate=1e-3", "optimizer.eps=1e-5"]
+    alone, tasks, ranks = (tmp_path / name for name in ("alone", "srun", "torchrun"))
 
-    _, alone, expected = train()
-    said, record, weights = train("-m", "torch.distributed.run", "--nproc-per-node=2")
-    assert "2 rows x 2 accumulation x 2 ranks = 8" in said
-    assert said.count("done: accuracy") == 1
-    assert record["train"]["steps"] == alone["train"]["steps"] == 4
-    assert record["losses"]["validation"] == pytest.approx(alone["losses"]["validation"], abs=1e-4)
-    # Sums in another order differ by 1e-7 relative; AdamW's first steps (sign-like) amplify that
-    # where a gradient is nearly zero, to at most a fraction of lr = 1e-3 an entry.
-    for name, tensor in expected.items():
-        assert (weights[name] - tensor).abs().max() < 1e-4
+    def command(place: Path) -> list[str]:
+        return [str(ROOT / "run_exp.py"), *sweep, f"output_dir={place}"]
+
+    one = subprocess.run(
+        [sys.executable, *command(alone)],
+        env=os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
+        check=False,
+    )
+    assert one.returncode == 0
+    main, other = srun(command(tasks), 2)
+    launched = torchrun([*command(ranks), "init=lora_one"])
+    assert (main.status, other.status, launched.returncode) == (0, 0, 0), main.err + launched.stderr
+    assert other.out == ""
+    assert main.out.count("2 rows x 2 accumulation x 2 ranks = 8") == 3
+    assert main.out.count("done: accuracy") == 3
+    assert launched.stdout.count("done: accuracy") == 1
+    expected = read(alone)
+    for place, count in ((tasks, 3), (ranks, 1)):
+        found = read(place)
+        assert len(found) == count
+        for method, record in found.items():
+            assert record["train"]["steps"] == expected[method]["train"]["steps"] == 4
+            losses = expected[method]["losses"]
+            assert record["losses"]["validation"] == pytest.approx(losses["validation"], abs=1e-5)
+            weights, reference = (
+                load_file(folder / each["run_id"] / "adapter" / "adapter_model.safetensors")
+                for folder, each in ((place, record), (alone, expected[method]))
+            )
+            for name, tensor in reference.items():
+                assert (weights[name] - tensor).abs().max() < 1e-5
+
+
+SPOILT = """
+import os, signal, sys
+sys.path.insert(0, {root!r})
+from lora_one.errors import NonFiniteError
+from lora_one.harness.cli import launch
+from lora_one.harness.ranks import rank
+from run_exp import CONF, run
+
+def spoilt(config):
+    from lora_one.harness.training import GuardedTrainer
+    whole = GuardedTrainer.training_step
+
+    def training_step(self, *args, **kwargs):
+        if rank() == {rank} and config.method == "pissa" and self.state.global_step == 1:
+            {deed}
+        return whole(self, *args, **kwargs)
+
+    GuardedTrainer.training_step = training_step
+    return run(config)
+
+if __name__ == "__main__":
+    sys.exit(launch(spoilt, CONF, __file__))
+"""
+
+
+def spoilt(folder: Path, deed: str, rank: int = 1) -> str:
+    """The entry point, but for what one rank does in the second step of PiSSA."""
+    program = folder / "spoilt.py"
+    program.write_text(SPOILT.format(root=str(ROOT), rank=rank, deed=deed))
+    return str(program)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", ["srun", "torchrun"])
+def test_an_error_of_one_rank_in_training_fails_the_run_on_all(overrides, tmp_path, launcher):
+    program = spoilt(tmp_path, 'raise NonFiniteError("step 2: loss nan")')
+    command = [program, *overrides, "init=pissa"]
+    if launcher == "srun":
+        main, other = srun(command, 2)
+        assert (main.status, other.status) == (1, 1)
+        said = main.err + other.err
+    else:
+        answer = torchrun(command)
+        assert answer.returncode == 1
+        said = answer.stderr
+    assert said.count("NonFiniteError: step 2: loss nan") == 1
+    assert "failed: rank 1 on host " in said
+    record = read(tmp_path / "results")["pissa"]
+    assert record["status"] == "failed"
+    assert record["error"]["type"] == "NonFiniteError"
+    assert record["error"]["message"].startswith("rank 1 on host ")
+    assert "training_step" in record["error"]["traceback"]
+    assert record["error"]["phase"] == "train"
+
+
+@pytest.mark.slow
+def test_a_rank_that_is_killed_fails_its_point_of_a_sweep_on_all_ranks(overrides, tmp_path):
+    program = spoilt(tmp_path, "os.kill(os.getpid(), signal.SIGKILL)")
+    command = [program, "-m", "init=pissa,lora", *overrides]
+    main, other = srun(command, 2)
+    assert (main.status, other.status) == (1, 1)
+    assert main.err.count("failed: rank 1 on host ") == 1
+    assert main.err.count("ended without a word") == 1
+    records = read(tmp_path / "results")
+    assert {method: record["status"] for method, record in records.items()} == {
+        "pissa": "failed",
+        "lora": "finished",
+    }
+    assert "ended without a word" in records["pissa"]["error"]["message"]
+    command[0] = str(ROOT / "run_exp.py")
+    main, other = srun(command, 2)
+    assert (main.status, other.status) == (0, 0), main.err
+    assert main.out.count("already done") == main.out.count("done: accuracy") == 1
+
+
+def test_a_batch_that_the_ranks_cannot_share_is_said_once_and_leaves_nothing(overrides, tmp_path):
+    command = [str(ROOT / "run_exp.py"), *overrides, "model.per_device_batch_size=8"]
+    main, other = srun(command, 2)
+    assert (main.status, other.status) == (2, 2)
+    assert main.err == (
+        "error: model.real_batch_size=8 is not a multiple of 8 rows per device x 2 ranks = 16.\n"
+    )
+    assert (main.out, other.out, other.err) == ("", "", "")
+    assert not (tmp_path / "results").exists()
+
+
+def test_ranks_that_disagree_on_the_configuration_write_nothing(overrides, tmp_path):
+    command = [str(ROOT / "run_exp.py"), *overrides, "seed={rank}"]
+    main, other = srun(command, 2)
+    assert (main.status, other.status) == (2, 2)
+    assert "the ranks disagree on the configuration: " in main.err
+    assert "seed is 0 on rank 0 and 1 on rank 1" in main.err
+    assert (main.err.count("\n"), other.err) == (1, "")
+    assert not (tmp_path / "results").exists()
+
+
+def test_questions_are_answered_once():
+    main, other = srun([str(ROOT / "run_exp.py"), "--cfg", "job"], 2)
+    assert (main.status, other.status) == (0, 0)
+    assert "lora_r" in main.out
+    assert (other.out, other.err) == ("", "")
