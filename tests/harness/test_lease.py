@@ -17,7 +17,7 @@ from lora_one.harness.lease import EXPIRY_VARIABLE, Holder, Sight, Watch, acquir
 
 PROGRAM = Path(__file__).with_name("lease_process.py")
 SECONDS = 0.6  # expiry in tests: heartbeats every 0.1 s
-RACES, RACERS = 60, 5
+RACES, RACERS = 50, 5
 
 
 def start(*arguments: object, **environment: str) -> subprocess.Popen:
@@ -72,12 +72,12 @@ def fail(message: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["free", "dead", "free, no links", "dead, no links"])
+@pytest.mark.parametrize("kind", ["free", "dead", "dead, no links"])
 def test_of_many_processes_that_want_a_lease_one_gets_it(started, tmp_path, kind):
     if kind.startswith("dead"):
         for number in range(RACES):
             write_generation(tmp_path / str(number), 3, gone())
-    when = time.time() + 3.0
+    when = time.time() + 2.0
     environment = {EXPIRY_VARIABLE: "30"} | ({"NO_LINKS": "1"} if "no links" in kind else {})
     racers = [started("race", tmp_path, when, RACES, **environment) for _ in range(RACERS)]
     won = [int(number) for racer in racers for number in racer.stdout.readline().split()]
