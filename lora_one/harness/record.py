@@ -150,9 +150,15 @@ class RunRecord:
     @contextmanager
     def closing(self) -> Iterator[None]:
         """Leave the record ``finished``, or ``preempted`` (interrupted) or ``failed`` with why."""
+        # In this order: while an error waits for what another rank says of it, that rank's end
+        # can still close the record.
+        with on_end(self._close_from_outside), self._closing():
+            yield
+
+    @contextmanager
+    def _closing(self) -> Iterator[None]:
         try:
-            with on_end(self._close_from_outside):
-                yield
+            yield
         except BaseException as error:
             attend(error)
             interrupted = isinstance(error, KeyboardInterrupt)
