@@ -39,6 +39,8 @@ ECHO_SECONDS = 1.0
 # A preempted rank is not hurried: the others may still be writing their checkpoints.
 PREEMPTION_SECONDS = 300.0
 CLOSING_SECONDS = 5.0  # for records and children, before a rank is ended from outside
+# How long the main thread of rank 0 has to come to the same end as another rank.
+PATIENCE = {TRY_AGAIN: PREEMPTION_SECONDS, BAD_INPUT: 5.0}
 GOODBYE_SECONDS = 60.0
 # Errors that come from the rank that raises them, never from the end of another one.
 OWN = (InputError, NonFiniteError, PreemptedError, PeerError)
@@ -461,7 +463,7 @@ class _Main(_Channel):
                 return
             self._first = ending
             self._heard.set()
-        self._decided.wait(PREEMPTION_SECONDS if ending.status == TRY_AGAIN else ECHO_SECONDS)
+        self._decided.wait(PATIENCE.get(ending.status, ECHO_SECONDS))
         with self._lock:
             if self._goes_on:
                 return

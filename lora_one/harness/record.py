@@ -249,9 +249,15 @@ class RunRecord:
         Raises:
             StorageError: in place of an error that means that the folder cannot be written.
         """
+        # In this order: while an error waits for what another rank says of it, that rank's end
+        # can still close the record.
+        with on_end(self._close_from_outside), self._closing():
+            yield
+
+    @contextmanager
+    def _closing(self) -> Iterator[None]:
         try:
-            with on_end(self._close_from_outside):
-                yield
+            yield
         except BaseException as error:
             attend(error)
             preemption.leave_in_peace()
