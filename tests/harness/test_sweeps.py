@@ -157,6 +157,15 @@ def test_a_sweep_that_is_asked_to_stop_asks_its_point_and_stops_after_it(place):
     assert place.starts() == [0, 0, 1]
 
 
+def test_a_place_that_is_no_folder_is_one_message(place):
+    place.results.touch()
+    sweep = place.start("-m", "seed=0,1")
+    _, errors = sweep.communicate(timeout=60)
+    assert sweep.returncode == 2
+    assert "Not a directory. Choose another folder with output_dir=<folder>." in errors
+    assert not (place.folder / "starts").exists()
+
+
 @pytest.fixture
 def tiny_run(llama_folder, rows_folder):
     return [
