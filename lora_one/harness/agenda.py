@@ -20,6 +20,7 @@ from lora_one.harness.folder import finished_record, read_record, run_id
 from lora_one.harness.lease import (
     LOOKS_PER_EXPIRY,
     Lease,
+    Sight,
     Watch,
     claim,
     expiry_seconds,
@@ -42,7 +43,10 @@ class Agenda:
 
     Args:
         points: What to run.
-        asked_to_stop: Returns the name of the signal that asked this process to stop, or None.
+        asked_to_stop: Says what asked this process to stop; None: nothing has.
+
+    Raises:
+        InputError: if the output folder cannot be read.
     """
 
     def __init__(self, points: Sequence[Point], asked_to_stop: Callable[[], str | None]) -> None:
@@ -62,7 +66,7 @@ class Agenda:
             for point, name in zip(points, self._names, strict=True)
         ]
         # Generations only grow: what has a higher one later on was worked at during this sweep.
-        self._before = [watch.look().generation for watch in self._watches]
+        self._before = [self._look(watch).generation for watch in self._watches]
 
     def next(self) -> Step:
         """Find the next point to run, and take its lease for the process that will run it.
@@ -106,23 +110,26 @@ class Agenda:
             known = status in (BAD_INPUT, TRY_AGAIN)
             self.problems[name] = status if known else FAILED
 
+    def _look(self, watch: Watch) -> Sight:
+        try:
+            return watch.look()
+        except OSError as error:
+            raise _unusable(watch, error) from error
+
     def _take(self, index: int) -> bool:
         """Claim a point; tell whether it is now this sweep's to run."""
         watch = self._watches[index]
         try:
             lease = claim(watch, on_loss=_leave_to_the_successor)
         except RunHeldError:
-            self._put_aside(index, f"being done by {watch.look()}")
+            self._put_aside(index, f"being done by {self._look(watch)}")
             return False
         except OSError as error:
-            raise InputError(
-                f"{watch.folder} cannot be written: {error.strerror or error}. Choose another "
-                "folder with output_dir=<folder>."
-            ) from error
+            raise _unusable(watch, error) from error
         # What others did up to the claim is certain only now.
         if finished_record(self._points[index].config):
             self._say(index, "already done")
-        elif lease.generation - 1 > self._before[index] and self._has_failed(index):
+        elif self._failed_meanwhile(index, lease.generation - 1):
             self._say(index, "failed meanwhile, and is not done twice")
             self.problems.setdefault(self._names[index], FAILED)
         else:
@@ -151,8 +158,11 @@ class Agenda:
         folder = Path(self._points[index].config.output_dir) / self._names[index]
         return read_record(folder) or {}
 
-    def _has_failed(self, index: int) -> bool:
-        return self._record(index).get("status") == "failed"
+    def _failed_meanwhile(self, index: int, generation: int) -> bool:
+        """Tell whether another process has ended a point by failing; not by dying."""
+        given_back = self._watches[index].life == "free"
+        is_later = generation > self._before[index]
+        return given_back and is_later and self._record(index).get("status") == "failed"
 
     def _was_preempted(self, index: int, pid: int) -> bool:
         """Tell a point that was asked to stop from one that another process took."""
@@ -167,6 +177,13 @@ class Agenda:
     def _say(self, index: int, what: str | None = None) -> None:
         line = f"[{index + 1}/{len(self._points)}] {self._names[index]}"
         say(line if what is None else f"{line}: {what}")
+
+
+def _unusable(watch: Watch, error: OSError) -> InputError:
+    return InputError(
+        f"{watch.folder} cannot be used: {error.strerror or error}. Choose another folder with "
+        "output_dir=<folder>."
+    )
 
 
 def _leave_to_the_successor(_: str) -> None:

@@ -186,7 +186,7 @@ class Sight:
 
     def __str__(self) -> str:
         age = "" if self.beat_age is None else f", last heartbeat {self.beat_age:.0f} s ago"
-        return f"{self.holder}{age}"
+        return f"{self.holder or 'nobody'}{age}"
 
 
 def look(folder: Path) -> Sight:

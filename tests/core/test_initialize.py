@@ -8,6 +8,7 @@ import torch
 from peft import AdaLoraConfig, LoraConfig, get_peft_model
 
 import lora_one
+from lora_one.adapters.cache import store
 from lora_one.adapters.merge import merge_adapter
 from lora_one.adapters.state import load_initial_state, save_initial_state
 from lora_one.layers import adapted_layers, base_weight
@@ -218,6 +219,22 @@ def test_cache_gives_the_same_start_and_notices_every_change(method, tmp_path, l
     assert not start(seed=1)[0].cached
     assert not start(train=False)[0].cached
     assert len(list(tmp_path.iterdir())) == 2 * 5
+
+
+def test_a_cached_start_that_others_may_be_reading_is_not_replaced(tmp_path, llama_batches):
+    def start(peft_model):
+        return lora_one.initialize(peft_model, llama_batches, method="lora_one", cache_dir=tmp_path)
+
+    report = start(adapted(tiny_llama()))
+    files = {file: file.stat().st_ino for file in tmp_path.iterdir()}
+    late = adapted(tiny_llama())
+    lora_one.initialize(late, llama_batches, method="lora_one")
+    store(late, tmp_path, next(iter(files)).stem, report)
+    assert {file: file.stat().st_ino for file in tmp_path.iterdir()} == files
+    # Half of an entry, which a crash has left, is made whole.
+    next(file for file in files if file.suffix == ".json").unlink()
+    assert not start(adapted(tiny_llama())).cached
+    assert start(adapted(tiny_llama())).cached
 
 
 def test_a_start_that_does_not_fit_is_refused(tmp_path, llama, llama_batches):

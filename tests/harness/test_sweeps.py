@@ -157,6 +157,15 @@ def test_a_sweep_that_is_asked_to_stop_asks_its_point_and_stops_after_it(place):
     assert place.starts() == [0, 0, 1]
 
 
+def test_a_place_that_is_no_folder_is_one_message(place):
+    place.results.touch()
+    sweep = place.start("-m", "seed=0,1")
+    _, errors = sweep.communicate(timeout=60)
+    assert sweep.returncode == 2
+    assert "Not a directory. Choose another folder with output_dir=<folder>." in errors
+    assert not (place.folder / "starts").exists()
+
+
 @pytest.fixture
 def tiny_run(llama_folder, rows_folder):
     return [
@@ -170,7 +179,7 @@ def test_of_two_commands_for_one_run_one_runs_and_the_other_touches_nothing(plac
     first = place.start(*endless, program=ROOT / "run_exp.py")
     wait_for(first, "train:")
     (folder,) = place.results.glob("arithmetic-*")
-    before = (folder / "run.json").read_text()
+    logged = (folder / "metrics.jsonl").read_text()
     second = place.start(*endless, program=ROOT / "run_exp.py")
     _, errors = second.communicate(timeout=60)
     assert second.returncode == 75
@@ -178,7 +187,10 @@ def test_of_two_commands_for_one_run_one_runs_and_the_other_touches_nothing(plac
     assert f"another process is doing {folder.name}: " in told
     assert f"process {first.pid}, since " in told
     assert "last heartbeat" in told
-    assert (folder / "run.json").read_text() == before
+    # The first one went on meanwhile.
+    record = json.loads((folder / "run.json").read_text())
+    assert (record["status"], record["process"]["pid"]) == ("running", first.pid)
+    assert (folder / "metrics.jsonl").read_text().startswith(logged)
     assert first.poll() is None
     assert look(place.results / "leases" / folder.name).holder.pid == first.pid
 

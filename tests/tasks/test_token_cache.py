@@ -93,6 +93,17 @@ def test_nothing_but_the_entry_is_left_behind(tmp_path, split):
     assert list((tmp_path / "cache").iterdir()) == [file]
 
 
+def test_an_entry_that_others_may_have_mapped_is_not_replaced(tmp_path, split):
+    file = store(tmp_path / "cache", KEY, split)
+    inode = file.stat().st_ino
+    assert store(tmp_path / "cache", KEY, split) == file
+    assert file.stat().st_ino == inode
+    assert list((tmp_path / "cache").iterdir()) == [file]
+    file.write_bytes(b"")
+    store(tmp_path / "cache", KEY, split)
+    assert isinstance(load(tmp_path / "cache", KEY), TokenisedSplit)
+
+
 def test_an_entry_that_is_not_there_is_missed_without_a_word(tmp_path):
     assert load(tmp_path / "cache", KEY) == Miss(None)
 
