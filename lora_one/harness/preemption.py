@@ -78,8 +78,10 @@ def listening() -> Iterator[None]:
     try:
         yield
     finally:
-        # After a request the handlers stay: a second signal must not change the exit status.
-        if _requests.reason is None:
+        if _requests.reason is not None:
+            # The handlers stay, and do nothing: a second signal must not change the exit status.
+            _requests = _Requests(raised=True)
+        else:
             for number, handler in previous.items():
                 signal.signal(number, signal.SIG_DFL if handler is None else handler)
 

@@ -262,7 +262,7 @@ class RunRecord:
             attend(error)
             preemption.leave_in_peace()
             storage = as_storage_error(error, self.folder)
-            phase = self._phases[-1] if self._phases else None
+            phase = self._phases[-1] if self._phases else self._attempt["phase"]
             if isinstance(error, PreemptedError):
                 reason = {"reason": str(error), "requeues": error.requeues}
                 self.facts["preempted"] = reason | {"phase": phase}

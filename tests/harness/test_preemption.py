@@ -20,6 +20,14 @@ from lora_one.harness.preemption import Reason
 LONG = ["model.epochs=12", "checkpoints.every_steps=null", "checkpoints.every_seconds=600"]
 
 
+@pytest.fixture(autouse=True)
+def _same_handlers_afterwards():
+    before = {number: signal.getsignal(number) for number in preemption.SIGNALS}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
 @pytest.fixture(scope="module")
 def whole(forks, llama_folder, rows_folder, tmp_path_factory):
     """The run that nobody stops."""
@@ -101,7 +109,8 @@ def test_a_signal_outside_training_ends_the_run_at_once(forks, llama_folder, row
     command = overrides_of(llama_folder, rows_folder, tmp_path, "dataset.test_rows=6")
     slow = [*command, "dataset.max_new_tokens=120", "evaluation.batch_size=1"]
     child = forks.start(*slow)
-    child.wait_for("export: rank")
+    while not list(tmp_path.glob("*/predictions.jsonl.part-0")):
+        assert child.running(), child.said
     child.kill(signal.SIGTERM)
     assert child.wait() == 75, child.said
     record = record_of(tmp_path)
@@ -145,7 +154,7 @@ def test_two_ranks_stop_at_the_same_step_when_one_is_asked(
 
     def start(place: Path):
         port = free_port()
-        two = ["model.per_device_batch_size=1", *LONG]
+        two = [*LONG, "model.per_device_batch_size=1", "model.epochs=4"]
         command = overrides_of(llama_folder, rows_folder, place, *two)
         world = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
         return [
@@ -264,4 +273,3 @@ def test_after_scancel_a_job_stays_away_whatever_was_asked_before():
         os.kill(os.getpid(), signal.SIGTERM)
         os.kill(os.getpid(), signal.SIGUSR2)
     assert not caught.value.requeues
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)

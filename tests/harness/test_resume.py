@@ -52,9 +52,11 @@ VARIANTS = {
     "dora and pissa": ["peft=dora", "init=pissa"],
     "full fine-tuning": ["peft=full_ft", "init=lora"],
     "adalora": ["peft=adalora", "init=lora"],
-    "loraplus, embeddings": ["peft=all_w_emb", "optimizer=loraplus"],
     "lorafa": ["optimizer=lorafa", "init=lora"],
-    "bfloat16": ["model.bf16=true", "init.dtype=bf16"],
+    "bfloat16, embeddings, loraplus": [
+        *["model.bf16=true", "init.dtype=bf16"],
+        *["peft=all_w_emb", "optimizer=loraplus"],
+    ],
 }
 
 
