@@ -40,7 +40,7 @@ def tiny(results) -> list[str]:
 def long(tiny) -> list[str]:
     """Some seconds of training, so that something can happen in the middle."""
     steps = ["model.max_steps=200", "model.epochs=1000", "model.logging_steps=1"]
-    return [*tiny, *steps, "model.eval_epochs=1000"]
+    return [*tiny, *steps, "model.eval_epochs=1000", "model.real_batch_size=4"]
 
 
 @pytest.fixture
