@@ -63,7 +63,7 @@ def test_a_run_that_reaches_its_time_limit_goes_on_in_the_next_job(submit, long,
     wait_until(lambda: read_json(run).get("status") == "preempted")
     more = ["scontrol", "update", f"JobId={submission.job}", "TimeLimit=10"]
     assert call(*more).returncode == 0
-    status, said = submission.end(timeout=240)
+    status, said = submission.end()
     assert status == 0, said
     assert "was requeued" in said
     _finished_without_repeating_a_step(results)
