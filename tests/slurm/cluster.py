@@ -30,7 +30,7 @@ def script(action: str, timeout: float) -> subprocess.CompletedProcess:
     return subprocess.run(command, capture_output=True, text=True, timeout=timeout, check=False)
 
 
-def call(*command: str, timeout: float = 120, cwd: Path = ROOT) -> subprocess.CompletedProcess:
+def call(*command: str, timeout: float = 180, cwd: Path = ROOT) -> subprocess.CompletedProcess:
     return subprocess.run(
         command,
         cwd=cwd,
@@ -42,7 +42,7 @@ def call(*command: str, timeout: float = 120, cwd: Path = ROOT) -> subprocess.Co
     )
 
 
-def wait_until(condition: Callable[[], object], timeout: float = 90) -> object:
+def wait_until(condition: Callable[[], object], timeout: float = 120) -> object:
     """Wait for something to become true, and return it."""
     end = time.monotonic() + timeout
     while not (value := condition()):
@@ -68,8 +68,9 @@ class Submission:
 
     def __init__(self, overrides: Sequence[str], results: Path) -> None:
         self.results = results
+        # Flags come first; the sort leaves the order of the overrides as it is.
         self.command = subprocess.Popen(
-            [*PROGRAM, *CPU, *overrides],
+            [*PROGRAM, *sorted([*CPU, *overrides], key=lambda o: not o.startswith("-"))],
             cwd=ROOT,
             env=ENVIRONMENT,
             stdout=subprocess.PIPE,
@@ -93,7 +94,7 @@ class Submission:
 
         wait_until(trained)
 
-    def end(self, timeout: float = 120) -> tuple[int, str]:
+    def end(self, timeout: float = 240) -> tuple[int, str]:
         """Wait for the end of the command; its status and all that it said."""
         rest, _ = self.command.communicate(timeout=timeout)
         return self.command.returncode, "".join(self.lines) + rest

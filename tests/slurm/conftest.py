@@ -31,7 +31,7 @@ def tiny(results) -> list[str]:
     return [
         f"output_dir={results}",
         *["dataset.train_rows=16", "dataset.validation_rows=8", "dataset.test_rows=4"],
-        *["dataset.max_new_tokens=4", "evaluation.batch_size=8", "init.bsz=4", "init.iters=1"],
+        *["dataset.max_new_tokens=4", "evaluation.batch_size=8", "init.bsz=2", "init.iters=2"],
         *["model.max_steps=2", "model.real_batch_size=8", "model.per_device_batch_size=4"],
     ]
 
@@ -40,7 +40,7 @@ def tiny(results) -> list[str]:
 def long(tiny) -> list[str]:
     """Some seconds of training, so that something can happen in the middle."""
     steps = ["model.max_steps=200", "model.epochs=1000", "model.logging_steps=1"]
-    return [*tiny, *steps, "model.eval_epochs=1000"]
+    return [*tiny, *steps, "model.eval_epochs=1000", "model.real_batch_size=4"]
 
 
 @pytest.fixture
