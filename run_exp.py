@@ -32,7 +32,7 @@ def run(config: Config) -> dict[str, Any]:
         return stages.report_finished(record)
 
     plan = stages.make_plan(config)
-    with record.open().closing(), stages.tracking(config, record) as tracker:
+    with stages.tracking(config, record.open()) as tracker, record.closing():
         with record.phase("load"):
             base = stages.load(config, plan, record)
         with record.phase("init"):
