@@ -103,9 +103,7 @@ def follow(folder: Path, say: Say) -> None:
             listener.again()
 
 
-def _open(
-    folder: Path, where: WandbConfig, mode: str, reason: str, say: Say
-) -> tuple[Mirror, str]:
+def _open(folder: Path, where: WandbConfig, mode: str, reason: str, say: Say) -> tuple[Mirror, str]:
     """Start the copy in the mode that was chosen, or offline if W&B does not take it."""
     if mode == "online":
         try:

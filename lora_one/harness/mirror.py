@@ -10,7 +10,6 @@ folder while it grows, the other when it lies there.
 
 import hashlib
 import json
-import netrc
 import os
 import shutil
 import socket
@@ -35,6 +34,7 @@ CONNECT_SECONDS = 3.0
 # Of the time that a run may wait for W&B at its end: what is left is for Python and the disk.
 SHARE_OF_INIT, SHARE_OF_FINISH = 0.5, 0.8
 COLUMNS = ("layer", "out", "in", "rank", "sigma_1", "sigma_r", "sigma_r+1")
+FACTS = ("status", "losses", "phases", "train")
 MEASURES = ("captured_energy", "norm_ratio", "svd_error")
 
 
@@ -189,8 +189,8 @@ class Mirror:
                 self.run.log(values, step=index)
                 self._next = index + 1
 
-    def close(self) -> None:
-        """Copy the rest and the final metrics, and say how the run ended.
+    def close(self) -> str:
+        """Copy the rest and the final metrics, tell W&B how the run ended, and return that.
 
         Raises:
             TimeoutError: if W&B does not take everything in time.
@@ -198,7 +198,7 @@ class Mirror:
         self.catch_up()
         record = self._record()
         status = record["status"]
-        facts = {key: record[key] for key in ("status", "losses", "phases", "train") if key in record}
+        facts = {key: record[key] for key in FACTS if key in record}
         if "error" in record:
             facts["error"] = {key: record["error"][key] for key in ("type", "message", "phase")}
         self.run.summary.update({**facts, **record["metrics"]})
@@ -209,6 +209,7 @@ class Mirror:
         if status == "preempted" and self.mode == "online":
             self.run.mark_preempting()
         self.run.finish(exit_code=EXIT_CODES.get(status, FAILED))
+        return status
 
     def _record(self) -> dict[str, Any]:
         record = read_record(self.folder)
@@ -276,8 +277,9 @@ class Mirror:
         adapter = self.folder / "adapter"
         if adapter.is_dir():
             artifact = wandb.Artifact(f"adapter-{self.run.id}", type="model")
-            # Immutable: read where it lies. Otherwise W&B would first make a copy in the home.
-            artifact.add_dir(str(adapter), policy="immutable")
+            for file in sorted(adapter.iterdir()):
+                # Immutable: read where it lies. Otherwise W&B would first copy it to the home.
+                artifact.add_file(str(file), policy="immutable")
             self.run.log_artifact(artifact)
 
 
@@ -302,19 +304,14 @@ def choose_mode() -> tuple[str, str]:
     settings = wandb.setup(wandb.Settings(silent=True)).settings
     if settings.mode != "online":
         return "offline", f"W&B's mode is {settings.mode}"
-    if not (settings.api_key or settings.identity_token_file or _in_netrc(settings.base_url)):
-        return "offline", f"no API key for {settings.base_url}"
+    try:
+        if not wandb.login(prompt=False, verify=False):
+            return "offline", f"no API key for {settings.base_url}"
+    except wandb.errors.AuthenticationError as error:
+        return "offline", f"no API key that can be used: {error}"
     if not _reachable(settings.base_url):
         return "offline", f"{settings.base_url} cannot be reached"
     return "online", ""
-
-
-def _in_netrc(url: str) -> bool:
-    path = Path(os.environ.get("NETRC", "~/.netrc")).expanduser()
-    try:
-        return netrc.netrc(path).authenticators(urlsplit(url).netloc) is not None
-    except (OSError, netrc.NetrcParseError):
-        return False  # W&B could not read it either
 
 
 def _reachable(url: str) -> bool:

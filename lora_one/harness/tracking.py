@@ -1,7 +1,7 @@
 """Weights & Biases beside a run: the process that copies the run folder, started and ended.
 
-The run's own part is to write its folder, to send a byte when there is news, and to wait at its end,
-for a limited time. It never waits before that, and a copy that fails is one warning.
+The run's own part is to write its folder, to send a byte when there is news, and to wait at its
+end, for a limited time. It never waits before that, and a copy that fails is one warning.
 """
 
 import os
@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import threading
+from contextlib import suppress
 from pathlib import Path
 from typing import BinaryIO, Protocol
 
@@ -98,10 +99,9 @@ class WandbTracker:
             )
 
     def _tell(self, word: bytes) -> None:
-        try:
+        # It has enough to look at; or it is gone, which finish() says.
+        with suppress(BlockingIOError, BrokenPipeError):
             os.write(self.process.stdin.fileno(), word)
-        except (BlockingIOError, BrokenPipeError):
-            pass  # it has enough to look at; or it is gone, which finish() says
 
 
 def start_tracking(config: Config, record: RunRecord) -> Tracker:
