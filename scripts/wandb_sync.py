@@ -64,10 +64,8 @@ def read_where(folder: Path, options: argparse.Namespace) -> WandbConfig:
     Raises:
         InputError: if the configuration says something else than project, entity and so on.
     """
-    given = {
-        key: getattr(options, key) for key in ("project", "entity", "group", "timeout_seconds")
-    }
-    given = {key: value for key, value in given.items() if value is not None}
+    keys = ("project", "entity", "group", "timeout_seconds")
+    given = {key: value for key in keys if (value := getattr(options, key)) is not None}
     try:
         return WandbConfig.model_validate(read_settings(folder)["wandb"] | given)
     except ValidationError as error:

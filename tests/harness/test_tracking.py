@@ -381,6 +381,5 @@ def test_the_command_line_ends_well_while_the_server_hangs(
     assert json.loads((folder / "run.json").read_text())["status"] == "finished"
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert plain(read_run(folder).history) == lines
-    assert (
-        done.stdout.count("wandb") == done.stdout.count("wandb: offline, W&B does not answer") + 3
-    )
+    assert done.stdout.count("wandb: ") == 1
+    assert "wandb: offline, W&B does not answer (" in done.stdout
