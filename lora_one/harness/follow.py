@@ -1,6 +1,6 @@
 """The process beside a run that copies its folder to Weights & Biases while it grows.
 
-    python -m lora_one.harness.follow <run folder>
+    python -m lora_one.harness.follow <run folder> [resumes]
 
 It is a process and not a thread: then nothing that W&B does or waits for (its hooks on ``sys.exit``
 and at exit among it) can reach the run, and a kill ends all of it. The run writes a byte to its
@@ -14,6 +14,7 @@ import os
 import shlex
 import sys
 import threading
+from functools import partial
 from pathlib import Path
 
 from lora_one.errors import InputError
@@ -65,12 +66,13 @@ class Listener:
             os._exit(FAILED)
 
 
-def follow(folder: Path, say: Say) -> None:
+def follow(folder: Path, say: Say, *, resumes: bool) -> None:
     """Copy the folder until the run ends.
 
     Args:
         folder: The run folder.
         say: Takes one line for the user.
+        resumes: Whether the run goes on from an earlier attempt.
 
     Raises:
         InputError: if the folder is not a run folder.
@@ -78,8 +80,19 @@ def follow(folder: Path, say: Say) -> None:
     """
     where = WandbConfig.model_validate(read_settings(folder)["wandb"])
     listener = Listener(where.timeout_seconds)
+    open_mirror = partial(Mirror, folder, where, say=say, live=True)
     mode, reason = choose_mode()
-    mirror, mode = _open(folder, where, mode, reason, say)
+    if mode == "online":
+        try:
+            mirror = open_mirror("online", resumes=resumes)
+        except InputError:
+            raise
+        except Exception as error:  # W&B raises anything from OSError to its own kinds
+            mode, reason = "offline", f"W&B does not answer ({_brief(error)})"
+            _stop_service()
+    if mode == "offline":
+        mirror = open_mirror("offline")
+        say(f"offline, {reason}; later: wandb sync {shlex.quote(str(mirror.files))}")
     # Nothing is read before the run has logged something: until then a run that is resumed may
     # cut its files back to where its checkpoint is.
     restarts = 0
@@ -93,30 +106,18 @@ def follow(folder: Path, say: Say) -> None:
                 return
         except (InputError, TimeoutError):
             raise
-        except Exception as error:  # W&B raises anything from OSError to its own kinds
+        except Exception as error:  # as above
             print(f"restart after {error!r}", file=sys.stderr)
             restarts += 1
             if restarts > RESTARTS:
                 raise
             _stop_service()
-            mirror = Mirror(folder, where, mode, say, live=True)
+            mirror = open_mirror(mode, resumes=True)
             listener.again()
 
 
-def _open(folder: Path, where: WandbConfig, mode: str, reason: str, say: Say) -> tuple[Mirror, str]:
-    """Start the copy in the mode that was chosen, or offline if W&B does not take it."""
-    if mode == "online":
-        try:
-            return Mirror(folder, where, mode, say, live=True), mode
-        except InputError:
-            raise
-        except Exception as error:  # W&B raises anything from OSError to its own kinds
-            brief = str(error).partition("\n")[0].strip()[:200]
-            reason = f"W&B does not answer ({brief})"
-            _stop_service()
-    mirror = Mirror(folder, where, "offline", say, live=True)
-    say(f"offline, {reason}; later: wandb sync {shlex.quote(str(mirror.files))}")
-    return mirror, "offline"
+def _brief(error: Exception) -> str:
+    return str(error).partition("\n")[0].strip()[:200]
 
 
 def _stop_service() -> None:
@@ -138,7 +139,7 @@ def main() -> int:
             print(text, file=voice, flush=True)
 
     try:
-        follow(Path(sys.argv[1]), say)
+        follow(Path(sys.argv[1]), say, resumes="resumes" in sys.argv[2:])
     except InputError as error:
         say(str(error))
         return BAD_INPUT

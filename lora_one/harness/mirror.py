@@ -32,7 +32,7 @@ Say = Callable[[str], None]
 EXIT_CODES = {"finished": DONE, "failed": FAILED, "preempted": TRY_AGAIN}
 CONNECT_SECONDS = 3.0
 # Of the time that a run may wait for W&B at its end: what is left is for Python and the disk.
-SHARE_OF_INIT, SHARE_OF_FINISH = 0.5, 0.8
+SHARE_OF_INIT, SHARE_OF_FINISH = 0.4, 0.8
 COLUMNS = ("layer", "out", "in", "rank", "sigma_1", "sigma_r", "sigma_r+1")
 FACTS = ("status", "losses", "phases", "train")
 MEASURES = ("captured_energy", "norm_ratio", "svd_error")
@@ -106,9 +106,9 @@ class Mirror:
             place of those of earlier attempts.
         say: Takes one line for the user.
         directory: Where W&B keeps its files; None: ``<folder>/wandb``.
-        live: Whether the run is going on in the parent process. Its machine's load is recorded,
-            and W&B keeps the lines that it has of an earlier attempt if this one resumes it;
-            otherwise what W&B has under this id is replaced.
+        live: Whether the run is going on in the parent process; then its load is recorded.
+        resumes: Whether W&B keeps the lines that it has of an earlier attempt; otherwise what it
+            has under this id is replaced.
 
     Raises:
         InputError: if the folder is not a run folder.
@@ -124,6 +124,7 @@ class Mirror:
         *,
         directory: Path | None = None,
         live: bool = False,
+        resumes: bool = False,
     ) -> None:
         import wandb
 
@@ -132,14 +133,13 @@ class Mirror:
         run_id = record["run_id"]
         self._lines = Lines(folder / "metrics.jsonl")
         self._has_provenance = self._has_report = False
-        resumes = live and mode == "online" and self._lines.path.exists()
         if mode == "offline" and directory is None:
             for earlier in folder.glob("wandb/offline-run-*"):
                 shutil.rmtree(earlier)
         machine = {"x_stats_pid": os.getppid()} if live else _NOT_THIS_MACHINE
         self.run = wandb.init(
             id=wandb_id(run_id),
-            resume="allow" if resumes else None,
+            resume="allow" if resumes and mode == "online" else None,
             mode=mode,
             name=where.name or run_id,
             project=where.project,

@@ -5,10 +5,12 @@ end, for a limited time. It never waits before that, and a copy that fails is on
 """
 
 import os
+import select
 import signal
 import subprocess
 import sys
 import threading
+import time
 from contextlib import suppress
 from pathlib import Path
 from typing import BinaryIO, Protocol
@@ -55,13 +57,14 @@ class WandbTracker:
 
     def __init__(self, folder: Path, timeout: float) -> None:
         self._folder, self._timeout = folder.resolve(), timeout
+        resumes = ["resumes"] if (self._folder / "metrics.jsonl").exists() else []
         self.log = self._folder / "wandb" / "copy.log"
         self.log.parent.mkdir(exist_ok=True)
         inherited = signal.pthread_sigmask(signal.SIG_BLOCK, FOR_THE_RUN)
         try:
             with self.log.open("w") as log:
                 self.process = subprocess.Popen(
-                    [sys.executable, "-m", "lora_one.harness.follow", str(self._folder)],
+                    [sys.executable, "-m", "lora_one.harness.follow", str(self._folder), *resumes],
                     stdin=subprocess.PIPE,
                     stdout=subprocess.PIPE,
                     stderr=log,
@@ -80,12 +83,8 @@ class WandbTracker:
 
     def finish(self) -> None:
         """Give the process its time to end, then end it; say if something is missing."""
-        self._tell(END)
         try:
-            self.process.stdin.close()
-            status = self.process.wait(self._timeout)
-        except subprocess.TimeoutExpired:
-            status = None
+            status = self._wait_for_the_end()
         finally:
             if self.process.poll() is None:
                 self.process.kill()
@@ -97,6 +96,18 @@ class WandbTracker:
                 f"warning: wandb: up to {_count(self._folder / 'metrics.jsonl')} lines did not "
                 f"reach W&B ({why}); python scripts/wandb_sync.py {self._folder} rebuilds it"
             )
+
+    def _wait_for_the_end(self) -> int | None:
+        """Return the exit status of the process, or None if it takes too long."""
+        deadline = time.monotonic() + self._timeout
+        # Full of news that were not heard yet: the end must not be lost among them.
+        select.select([], [self.process.stdin], [], self._timeout)
+        self._tell(END)
+        self.process.stdin.close()
+        try:
+            return self.process.wait(max(0.0, deadline - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            return None
 
     def _tell(self, word: bytes) -> None:
         # It has enough to look at; or it is gone, which finish() says.

@@ -236,7 +236,7 @@ def test_sync_goes_online_where_it_can(config, server, monkeypatch):
 @pytest.mark.parametrize("health", ["silent", "sick"])
 def test_a_server_that_never_answers_costs_the_run_nothing(config, server, health, read, capsys):
     server.health = health
-    settings = config("wandb.timeout_seconds=8")
+    settings = config("wandb.timeout_seconds=12")
     record = RunRecord(settings)
     start = time.monotonic()
     tracker = start_tracking(settings, record.open())
@@ -364,7 +364,7 @@ def test_the_command_line_ends_well_while_the_server_hangs(
     server, llama_folder, rows_folder, tmp_path
 ):
     server.health = "silent"
-    command = [sys.executable, "run_exp.py", "tracking=wandb", "wandb.timeout_seconds=6"]
+    command = [sys.executable, "run_exp.py", "tracking=wandb", "wandb.timeout_seconds=12"]
     settings = [
         f"model.name={llama_folder}",
         f"dataset.path={rows_folder}",
