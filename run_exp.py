@@ -36,12 +36,12 @@ def run(config: Config) -> dict[str, Any]:
     lease = record.acquire()
     if lease is None:  # another process finished it while this one made its plan
         return stages.report_finished(record)
-    watch = watching(config.preemption.margin_seconds)
+    checkpoint = stages.find_checkpoint(config, plan, record)
     with (
         lease,
-        watch,
-        record.open(stages.find_checkpoint(config, plan, record)).closing(),
-        stages.tracking(config, record) as tracker,
+        watching(config.preemption.margin_seconds),
+        stages.tracking(config, record.open(checkpoint)) as tracker,
+        record.closing(),
     ):
         with record.phase("load"):
             base = stages.load(config, plan, record)

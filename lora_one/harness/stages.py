@@ -234,14 +234,12 @@ def describe_export(config: Config, record: RunRecord) -> None:
 
 @contextmanager
 def tracking(config: Config, record: RunRecord) -> Iterator[Tracker]:
-    """Tell the tracker how the run went, also when it went wrong."""
+    """Let the tracker follow the run, whose record is open, to its end, however it ends."""
     tracker = start_tracking(config, record)
-    exit_code = 1
     try:
         yield tracker
-        exit_code = 0
     finally:
-        tracker.finish(record.facts["metrics"], exit_code)
+        tracker.finish()
 
 
 def report_done(record: RunRecord) -> dict[str, Any]:
@@ -297,4 +295,4 @@ def _probe(plan: Plan) -> Batch:
 
 def _log(record: RunRecord, tracker: Tracker, **values: Any) -> None:
     record.log(**values)
-    tracker.log(**values)
+    tracker.notice()
