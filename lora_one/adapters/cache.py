@@ -25,6 +25,7 @@ from lora_one.adapters.state import load_initial_state, save_initial_state
 from lora_one.adapters.write import Options
 from lora_one.gradients.tokens import Batch
 from lora_one.layers import AdaptedLayer
+from lora_one.sharding import own_part, reshard
 
 
 def fingerprint(
@@ -43,9 +44,10 @@ def fingerprint(
         "more": more,
     }
     digest.update(json.dumps(facts, sort_keys=True, default=str).encode())
+    reshard(peft_model)
     for name, parameter in peft_model.get_base_model().named_parameters():
         if ".lora_" not in name:
-            values = parameter.detach().flatten().double()
+            values = own_part(parameter.detach()).flatten().double()
             sums = (float(values.sum()), float(values.square().sum()), float(values[:1].sum()))
             digest.update(f"{name} {tuple(parameter.shape)} {sums}".encode())
     for batch in batches or ():

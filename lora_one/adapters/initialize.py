@@ -18,6 +18,7 @@ from lora_one.adapters.report import InitReport, LayerReport
 from lora_one.adapters.write import (
     Options,
     check_layers,
+    check_ties,
     check_not_offset,
     compute_factors,
     layer_report,
@@ -235,6 +236,8 @@ def _prepare(
         return [], report
     layers = adapted_layers(peft_model, adapter_name)
     check_layers(layers, options)
+    if spec.offset:
+        check_ties(peft_model, layers, options.method)
     return layers, report
 
 

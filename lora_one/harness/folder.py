@@ -19,6 +19,7 @@ NOT_PART_OF_THE_RUN = {
     "verbose",
     "tracking",
     "wandb",
+    "parallelism",
     "evaluation.batch_size",
     "evaluation.allow_code_execution",
 }

@@ -16,6 +16,7 @@ from lora_one.evaluation.loss import token_loss_sum
 from lora_one.harness.config import Config, ModelConfig
 from lora_one.harness.console import show_progress
 from lora_one.harness.diagnosis import locate
+from lora_one.harness.fsdp import ReplicasTrainer
 from lora_one.harness.models import has_bf16
 from lora_one.harness.optimizers import create_optimizer
 from lora_one.harness.ranks import world_size
@@ -94,7 +95,8 @@ def train(
     callbacks: list[TrainerCallback] = [journal]
     if config.peft.adalora:
         callbacks.append(RankAllocation(model))
-    trainer = GuardedTrainer(
+    trainer_class = ShardedTrainer if config.parallelism == "fsdp2" else GuardedTrainer
+    trainer = trainer_class(
         model=model,
         args=_arguments(config, schedule, folder),
         train_dataset=rows,
@@ -196,6 +198,10 @@ class GuardedTrainer(Trainer):
             step = self.state.global_step + 1
             raise NonFiniteError(f"step {step}: loss {loss.item()}; {locate(model, inputs)}")
         return loss
+
+
+class ShardedTrainer(GuardedTrainer, ReplicasTrainer):
+    """On a base that is cut up between ranks; looks at the averaged gradients."""
 
 
 def require_finite_weights(model: nn.Module, step: int) -> None:
