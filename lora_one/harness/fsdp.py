@@ -13,7 +13,7 @@ embeddings trained in full) stays whole on every rank, where preconditioners nee
 """
 
 from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -178,6 +178,10 @@ class ReplicasTrainer(Trainer):
             dist.broadcast(values, src=0)
             with torch.no_grad():
                 _split(values, group, [parameter.detach() for parameter in group])
+
+    def _defer_fsdp_gradient_reduction(self) -> AbstractContextManager[None]:
+        """Defer nothing: the base has no gradients."""
+        return nullcontext()
 
     def training_step(self, model: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
         """Take one micro-batch; after the last of a step, average the gradients over the ranks."""
