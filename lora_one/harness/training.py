@@ -20,6 +20,7 @@ from lora_one.harness.fsdp import ReplicasTrainer
 from lora_one.harness.models import has_bf16
 from lora_one.harness.optimizers import create_optimizer
 from lora_one.harness.ranks import world_size
+from lora_one.harness.zero import STAGES, deepspeed_arguments, make_whole
 from lora_one.tasks.encoding import Collator, EncodedRows
 
 Log = Callable[..., None]
@@ -108,6 +109,8 @@ def train(
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)
     trainer.train()
+    if config.parallelism in STAGES:
+        make_whole(model, trainer.model_wrapped)
     require_finite_weights(model, trainer.state.global_step)
     return {
         "steps": trainer.state.global_step,
@@ -143,6 +146,7 @@ def _arguments(config: Config, schedule: Schedule, folder: str) -> TrainingArgum
         remove_unused_columns=False,
         label_names=["labels"],
         use_cpu=not cuda,
+        **deepspeed_arguments(config.parallelism),
         dataloader_pin_memory=cuda,
         ddp_find_unused_parameters=False,
     )
