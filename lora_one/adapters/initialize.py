@@ -18,8 +18,8 @@ from lora_one.adapters.report import InitReport, LayerReport
 from lora_one.adapters.write import (
     Options,
     check_layers,
-    check_ties,
     check_not_offset,
+    check_ties,
     compute_factors,
     layer_report,
     start_adapter,

@@ -43,13 +43,12 @@ def load_sharded(
     """
     ranks = torch.tensor(local_rank() + 1, device=device)
     dist.all_reduce(ranks, dist.ReduceOp.MAX)
-    base: PreTrainedModel | None = None
-    for turn in range(int(ranks)):
-        if turn == local_rank():
-            base = load(torch.device("cpu"))
-            shard(base, device, trained_in_full)
+    for _ in range(local_rank()):
         dist.barrier()
-    assert base is not None
+    base = load(torch.device("cpu"))
+    shard(base, device, trained_in_full)
+    for _ in range(local_rank(), int(ranks)):
+        dist.barrier()
     return base
 
 

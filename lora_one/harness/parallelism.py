@@ -85,6 +85,6 @@ def require_whole_weights(config: Config, adapter: Any) -> None:
     """
     if config.parallelism in FORWARD_TAKES_ALL_RANKS and getattr(adapter, "use_dora", False):
         raise InputError(
-            f"parallelism={config.parallelism} cuts the base up, and DoRA's magnitudes are norms of "
-            "whole rows of it. Give parallelism=ddp, or an adapter without DoRA."
+            f"parallelism={config.parallelism} cuts the base up, and DoRA's magnitudes are norms "
+            "of whole rows of it. Give parallelism=ddp, or an adapter without DoRA."
         )

@@ -11,13 +11,11 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT))
-
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from lora_one.harness import fsdp, stages
 from lora_one.harness.compose import compose_config, composer
 from lora_one.sharding import is_cut, own_part
-from run_exp import run
+from run_exp import CONF, run
 
 
 def main(folder: Path) -> None:
@@ -50,7 +48,7 @@ def main(folder: Path) -> None:
     fsdp.average_gradients, stages.evaluate = averaged, evaluated
     for overrides in json.loads((folder / "overrides.json").read_text()):
         seen.append({"reduced": []})
-        with composer(ROOT / "conf"):
+        with composer(CONF):
             config = compose_config(overrides)
         run(config)
     (folder / f"seen-{dist.get_rank()}.json").write_text(json.dumps(seen))
