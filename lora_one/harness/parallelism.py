@@ -39,7 +39,19 @@ def check_parallelism(config: Config) -> None:
             "parallelism=fsdp2 cuts a frozen base up, and peft=full_ft trains all of it. Give "
             "parallelism=zero2, or ddp."
         )
-    if chosen in DEEPSPEED and config.trains and config.optimizer.name != "adamw":
+    if chosen not in DEEPSPEED or not config.trains:
+        return
+    if config.model.bf16:
+        raise InputError(
+            f"parallelism={chosen}: DeepSpeed wants all weights in one dtype, and model.bf16=true "
+            "keeps what is trained in float32. Give model.bf16=false, or parallelism=fsdp2."
+        )
+    if peft.adalora:
+        raise InputError(
+            f"parallelism={chosen} keeps the gradients to DeepSpeed, and peft=adalora ranks its "
+            "directions by them. Give parallelism=ddp or fsdp2."
+        )
+    if config.optimizer.name != "adamw":
         raise InputError(
             f"parallelism={chosen} hands DeepSpeed flat pieces of the factors, and "
             f"optimizer={config.optimizer.name} needs lora_A and lora_B whole. Give "

@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file
 
 from lora_one.errors import InputError
@@ -138,10 +139,24 @@ def test_the_base_is_cut_in_halves_and_the_adapter_is_not(name, sharded):
     assert ranks[0][name]["adapter"] == ranks[1][name]["adapter"]
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("choice", ["zero2", "zero3"])
+def test_deepspeed_ends_where_one_process_ends(choice, overrides, alone, read, tmp_path):
+    pytest.importorskip("deepspeed", reason="deepspeed is not installed")
+    more = ["init=lora_ga", "dataset.test_rows=5"]
+    accelerator = {} if torch.cuda.is_available() else {"DS_ACCELERATOR": "cpu"}
+    command = overrides(tmp_path, *more, f"parallelism={choice}")
+    torchrun(ROOT / "run_exp.py", *command, **accelerator)
+    (folder,) = tmp_path.glob("arithmetic-*")
+    assert_same_result(read(folder, "run.json"), adapter_in(folder), *alone(*more))
+
+
 REFUSED = {
     ("parallelism=fsdp2", "peft=full_ft", "init=lora"): "Give parallelism=zero2, or ddp",
     ("parallelism=zero2", "optimizer=preconditioned_adamw"): "needs lora_A and lora_B whole",
     ("parallelism=zero3", "optimizer=riemannian"): "needs lora_A and lora_B whole",
+    ("parallelism=zero2", "model.bf16=true"): "all weights in one dtype",
+    ("parallelism=zero2", "peft=adalora", "init=lora"): "ranks its directions by them",
     ("parallelism=fsdp",): "expected 'ddp', 'fsdp2', 'zero2' or 'zero3'",
 }
 
