@@ -41,10 +41,10 @@ def check_parallelism(config: Config) -> None:
         )
     if chosen not in DEEPSPEED or not config.trains:
         return
-    if config.model.bf16:
+    if not peft.use_peft and config.model.bf16:
         raise InputError(
-            f"parallelism={chosen}: DeepSpeed wants all weights in one dtype, and model.bf16=true "
-            "keeps what is trained in float32. Give model.bf16=false, or parallelism=fsdp2."
+            f"parallelism={chosen}: DeepSpeed would round the weights that it trains to bfloat16, "
+            "and peft=full_ft keeps them in float32. Give model.bf16=false, or parallelism=ddp."
         )
     if peft.adalora:
         raise InputError(

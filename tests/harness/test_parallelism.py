@@ -155,7 +155,7 @@ REFUSED = {
     ("parallelism=fsdp2", "peft=full_ft", "init=lora"): "Give parallelism=zero2, or ddp",
     ("parallelism=zero2", "optimizer=preconditioned_adamw"): "needs lora_A and lora_B whole",
     ("parallelism=zero3", "optimizer=riemannian"): "needs lora_A and lora_B whole",
-    ("parallelism=zero2", "model.bf16=true"): "all weights in one dtype",
+    ("parallelism=zero2", "peft=full_ft", "init=lora", "model.bf16=true"): "to bfloat16",
     ("parallelism=zero2", "peft=adalora", "init=lora"): "ranks its directions by them",
     ("parallelism=fsdp",): "expected 'ddp', 'fsdp2', 'zero2' or 'zero3'",
 }
