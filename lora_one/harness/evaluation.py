@@ -92,7 +92,7 @@ def evaluate(
             bar.add(rows)
 
         made = []
-        with own_pace(model) if todo else nullcontext():
+        with own_pace(model, answers=True) if todo else nullcontext():
             if share:
                 made = answer(engine, task, share, decoding, score=score, on_rows=keep)
     bar.close()

@@ -84,20 +84,25 @@ def blocks(base: nn.Module) -> list[nn.Module]:
 
 
 @contextmanager
-def own_pace(model: nn.Module) -> Iterator[None]:
+def own_pace(model: nn.Module, *, answers: bool = False) -> Iterator[None]:
     """Let each rank run as many forward passes as it has work for; all enter and leave together.
 
     A forward pass of a sharded model takes all ranks, and ranks have different numbers of prompts,
-    of tokens to generate, or nothing to do at all. Where the devices have room for it (and for
-    encoder-decoders, whose two halves run apart), the base is gathered meanwhile, and nobody waits
-    for anybody. Elsewhere each forward pass is announced, and ranks that are done join in with an
-    empty one of their own until nobody announces any.
+    of tokens to generate, or nothing to do at all. So each forward pass is announced, and ranks
+    that are done join in with an empty one of their own until nobody announces any.
+
+    Args:
+        model: Sharded or not.
+        answers: Whether there are many passes to come, and nobody takes a ``state_dict``, which
+            would cut a gathered base up again. Then the base is gathered where the devices have
+            room for it (and for encoder-decoders, whose two halves run apart), and nobody waits
+            for anybody.
     """
     if not is_sharded(model):
         yield
         return
     root = fsdp_modules(model)[0]
-    if root.config.is_encoder_decoder or _has_room(root):
+    if answers and (root.config.is_encoder_decoder or _has_room(root)):
         with _gathered(root):
             yield
         return
