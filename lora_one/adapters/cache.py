@@ -55,20 +55,19 @@ def fingerprint(
             value = batch[key]
             content = value.cpu().tolist() if isinstance(value, Tensor) else value
             digest.update(f"{key} {content}".encode())
-    key = digest.hexdigest()
-    if dist.is_available() and dist.is_initialized():
-        keys: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(keys, key)
-        key = hashlib.sha256("".join(keys).encode()).hexdigest()
-    return key
+    keys = _of_all_ranks(digest.hexdigest())
+    return keys[0] if len(keys) == 1 else hashlib.sha256("".join(keys).encode()).hexdigest()
 
 
 def load_cached(
     peft_model: PeftModel, folder: Path, key: str, adapter_name: str
 ) -> InitReport | None:
-    """Bring the model to the stored start and return its report, or None if there is none."""
+    """Bring the model to the stored start and return its report, or None if there is none.
+
+    Another run may be storing it right now, so that some ranks see it already: then none uses it.
+    """
     state, report = _files(folder, key)
-    if not (state.is_file() and report.is_file()):
+    if not all(_of_all_ranks(state.is_file() and report.is_file())):
         return None
     stored = json.loads(report.read_text())
     stored["layers"] = [
@@ -91,6 +90,14 @@ def store(peft_model: PeftModel, folder: Path, key: str, report: InitReport) -> 
         temporary = file.with_name(f"{file.name}.{os.getpid()}")
         write(temporary)
         temporary.replace(file)
+
+
+def _of_all_ranks(value: Any) -> list[Any]:
+    if not (dist.is_available() and dist.is_initialized()):
+        return [value]
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
 
 
 def _source() -> str:
