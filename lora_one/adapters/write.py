@@ -137,7 +137,8 @@ def check_ties(peft_model: PeftModel, layers: list[AdaptedLayer], method: str) -
     A tied weight is copied before it is changed, and FSDP2 would go on with the original.
     """
     reshard(peft_model)
-    uses = Counter(id(getattr(module, "weight", None)) for module in peft_model.modules())
+    owned = (module.parameters(recurse=False) for module in peft_model.modules())
+    uses = Counter(id(parameter) for parameters in owned for parameter in parameters)
     for layer in layers:
         weight = getattr(layer.module, "weight", None)
         if weight is not None and is_cut(weight) and uses[id(weight)] > 1:
