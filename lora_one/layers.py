@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from lora_one.errors import InputError, nearest
+from lora_one.sharding import is_cut, overwrite, whole
 
 _WRAPPERS = re.compile(r"(_fsdp_wrapped_module|_orig_mod|_checkpoint_wrapped_module)\.")
 
@@ -76,24 +77,32 @@ def is_quantised(module: nn.Module) -> bool:
 
 
 def base_weight(module: nn.Module) -> Tensor:
-    """Return W (out, in), dequantised where the layer is quantised. Not to be written to."""
+    """Return W (out, in), dequantised where the layer is quantised. Not to be written to.
+
+    Collective where FSDP2 has cut the weight up.
+    """
     if type(module.weight).__name__ == "Int8Params":
         # PEFT's dequantisation moves the parameter, after which a layer on the CPU has lost its
         # scales. An entry is its integer times its row's largest magnitude / 127.
         scales = module.weight.SCB if module.state.SCB is None else module.state.SCB
         return module.weight.detach() * (scales.view(-1, 1).float() / 127)
     weight = dequantize_module_weight(module) if is_quantised(module) else module.weight
-    return weight.detach().T if isinstance(module, Conv1D) else weight.detach()
+    weight = whole(weight.detach())
+    return weight.T if isinstance(module, Conv1D) else weight
 
 
 def write_base_weight(layer: TargetLayer, W: Tensor) -> None:
     """Store W (out, in) as the layer's weight, rounded once to the dtype it had.
 
     The layer gets its own parameter, so that a tied weight (an ``lm_head`` that is also the
-    embedding) changes in this layer only.
+    embedding) changes in this layer only. A weight that FSDP2 has cut up is written in place, each
+    rank its own rows: FSDP holds on to the parameter.
     """
     old = layer.module.weight
     stored = W.T if isinstance(layer.module, Conv1D) else W
+    if is_cut(old):
+        overwrite(old, stored.to(old.dtype))
+        return
     new = nn.Parameter(stored.to(old.dtype).contiguous(), requires_grad=old.requires_grad)
     layer.module.weight = new
 

@@ -26,6 +26,7 @@ from lora_one.adapters.state import load_initial_state, save_initial_state
 from lora_one.adapters.write import Options
 from lora_one.gradients.tokens import Batch
 from lora_one.layers import AdaptedLayer
+from lora_one.sharding import own_part, reshard
 
 
 def fingerprint(
@@ -44,9 +45,10 @@ def fingerprint(
         "more": more,
     }
     digest.update(json.dumps(facts, sort_keys=True, default=str).encode())
+    reshard(peft_model)
     for name, parameter in peft_model.get_base_model().named_parameters():
         if ".lora_" not in name:
-            values = parameter.detach().flatten().double()
+            values = own_part(parameter.detach()).flatten().double()
             sums = (float(values.sum()), float(values.square().sum()), float(values[:1].sum()))
             digest.update(f"{name} {tuple(parameter.shape)} {sums}".encode())
     for batch in batches or ():
@@ -54,17 +56,18 @@ def fingerprint(
             value = batch[key]
             content = value.cpu().tolist() if isinstance(value, Tensor) else value
             digest.update(f"{key} {content}".encode())
-    key = digest.hexdigest()
-    keys = _of_all_ranks(key)
-    return key if len(keys) == 1 else hashlib.sha256("".join(keys).encode()).hexdigest()
+    keys = _of_all_ranks(digest.hexdigest())
+    return keys[0] if len(keys) == 1 else hashlib.sha256("".join(keys).encode()).hexdigest()
 
 
 def load_cached(
     peft_model: PeftModel, folder: Path, key: str, adapter_name: str
 ) -> InitReport | None:
-    """Bring the model to the stored start and return its report, or None if there is none."""
+    """Bring the model to the stored start and return its report, or None if there is none.
+
+    Another run may be storing it right now, so that some ranks see it already: then none uses it.
+    """
     state, report = _files(folder, key)
-    # Another run may be storing it just now, so that some ranks see it and others do not.
     if not all(_of_all_ranks(state.is_file() and report.is_file())):
         return None
     stored = json.loads(report.read_text())

@@ -18,6 +18,7 @@ from lora_one.adapters.write import (
     Options,
     check_layers,
     check_not_offset,
+    check_ties,
     compute_factors,
     layer_report,
     start_adapter,
@@ -244,6 +245,8 @@ def _prepare(
         return [], report
     layers = adapted_layers(peft_model, adapter_name)
     check_layers(layers, options)
+    if spec.offset:
+        check_ties(peft_model, layers, options.method)
     return layers, report
 
 

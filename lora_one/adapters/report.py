@@ -18,7 +18,8 @@ class LayerReport:
         svd_error: estimated sine of the angle to the exact singular subspaces; 0 where LAPACK's
             full decomposition was used.
         captured_energy: share of the squared Frobenius norm in ``singular_values``.
-        norm_ratio: ``||s B0 A0||_F / ||W||_F``; None where W is sharded over ranks or packed.
+        norm_ratio: ``||s B0 A0||_F / ||W||_F``; None where W is packed, or cut up by FSDP1 or
+            ZeRO-3.
     """
 
     name: str

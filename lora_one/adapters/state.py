@@ -18,6 +18,7 @@ from lora_one.adapters.write import (
 )
 from lora_one.errors import InputError
 from lora_one.layers import adapted_layers
+from lora_one.sharding import reshard
 
 
 def save_initial_state(
@@ -76,6 +77,7 @@ def load_initial_state(
         expected = tuple(layers[name].B.shape), tuple(layers[name].A.shape)
         if shapes != expected:
             raise InputError(f"{file}, layer '{name}': shapes {shapes}, expected {expected}.")
+    reshard(peft_model)
     for name in sorted(names):
         B, A = tensors[f"{name}.lora_B"], tensors[f"{name}.lora_A"]
         write_factors(layers[name], B, A, B.dtype)

@@ -6,6 +6,7 @@ taken from the base weight, which is rounded once. So the start differs from the
 the rounding of the base weight alone.
 """
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -25,6 +26,7 @@ from lora_one.layers import (
 )
 from lora_one.numerics.factors import METHODS, SCALES, Factors, Layer, Method, clip_to_weight
 from lora_one.numerics.svd import Summands
+from lora_one.sharding import is_cut, reshard
 
 _STATE = "lora_one_initial_state"
 
@@ -122,10 +124,29 @@ def check_layers(layers: list[AdaptedLayer], options: Options) -> None:
                 f"its weight. Methods that leave it alone: {keeps}. Or initialise on the "
                 "unquantised model and quantise the offset weights afterwards."
             )
-        if (spec.offset or options.reads_weight) and _is_sharded(layer):
+        if (spec.offset or options.reads_weight) and _is_out_of_reach(layer):
             raise InputError(
                 f"the weight of layer '{layer.name}' is sharded, and {options.method} needs all "
-                "of it. Initialise before wrapping the model with FSDP or DeepSpeed ZeRO-3."
+                "of it. Initialise before wrapping the model with FSDP1 or DeepSpeed ZeRO-3, or "
+                "shard it with FSDP2 (fully_shard)."
+            )
+
+
+def check_ties(peft_model: PeftModel, layers: list[AdaptedLayer], method: str) -> None:
+    """Raise ``InputError`` where a weight to be changed is another module's too, and sharded.
+
+    A tied weight is copied before it is changed, and FSDP2 would go on with the original.
+    """
+    reshard(peft_model)
+    owned = (module.parameters(recurse=False) for module in peft_model.modules())
+    uses = Counter(id(parameter) for parameters in owned for parameter in parameters)
+    for layer in layers:
+        weight = getattr(layer.module, "weight", None)
+        if weight is not None and is_cut(weight) and uses[id(weight)] > 1:
+            raise InputError(
+                f"the weight of layer '{layer.name}' is tied to another module's and sharded, and "
+                f"{method} would change both. Leave the layer out of target_modules, or do not "
+                "shard the model."
             )
 
 
@@ -172,7 +193,7 @@ def layer_report(layer: AdaptedLayer, factors: Factors, gradient_norm: float | N
         gradient_norm: Frobenius norm of G, None for methods that do not use it.
     """
     report = LayerReport(layer.name, layer.shape, layer.r)
-    unknown = not hasattr(layer.module, "weight") or _is_sharded(layer)
+    unknown = not hasattr(layer.module, "weight") or _is_out_of_reach(layer)
     W_norm = None if unknown else float(base_weight(layer.module).float().norm())
     if W_norm:
         report.norm_ratio = product_norm(factors.B, factors.A, layer.s) / W_norm
@@ -238,6 +259,7 @@ def start_adapter(
 ) -> None:
     """Write all layers' factors, take the offsets, set magnitudes and remember the start."""
     state = InitialState(options.method, options.spec.offset, _metadata(options))
+    reshard(peft_model)  # FSDP2 keeps the outermost weights whole after a forward pass
     for layer in layers:
         if layer.name not in starts:
             continue
@@ -269,8 +291,8 @@ def _metadata(options: Options) -> dict[str, Any]:
     }
 
 
-def _is_sharded(layer: AdaptedLayer) -> bool:
+def _is_out_of_reach(layer: AdaptedLayer) -> bool:
+    """Whether the weight has lost its shape (FSDP1, ZeRO-3); FSDP2's can be put together."""
     if is_quantised(layer.module):
         return False
-    weight = layer.module.weight
-    return tuple(base_weight(layer.module).shape) != layer.shape or hasattr(weight, "placements")
+    return sorted(layer.module.weight.shape) != sorted(layer.shape)

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from lora_one.evaluation.mode import input_device
+from lora_one.sharding import is_sharded
 
 AUTO = "auto"
 BatchSize = int | Literal["auto"]
@@ -67,6 +68,10 @@ class Batches:
             except torch.OutOfMemoryError as error:
                 if self._fixed is not None:
                     error.add_note("Give a smaller evaluation.batch_size, or auto.")
+                elif is_sharded(self._model):
+                    # The other ranks are in the middle of this forward pass.
+                    error.add_note("Give a small evaluation.batch_size.")
+                    raise
                 if self._fixed is not None or len(batch) == 1:
                     raise
                 failure = str(error)

@@ -138,6 +138,9 @@ def generate_replies(
             max_new_tokens=limit,
             tokenizer=tokenizer if stop_strings else None,
             logits_processor=processors,
+            # On a sharded model transformers would keep ranks together by itself, which takes the
+            # same number of batches on each; whoever shards it keeps them together.
+            synced_gpus=False,
         )
         # A causal model repeats the prompt, an encoder-decoder the start token.
         skipped = inputs["input_ids"].shape[1] if architecture == "causal" else 1

@@ -21,6 +21,7 @@ from lora_one.gradients.restore import checkpointed, left_as_found
 from lora_one.gradients.tap import differentiable_embeddings, tapped, weight_gradient
 from lora_one.gradients.tokens import Batch, checked_batches, to_device
 from lora_one.layers import TargetLayer, model_device
+from lora_one.sharding import is_sharded
 
 
 @dataclass
@@ -128,7 +129,10 @@ def mean_loss(
 
 
 def agreed_batches(model: nn.Module, batches: Iterable[Batch]) -> list[tuple[Batch, int]]:
-    """Return ``checked_batches``; if one rank's are unusable, every rank raises."""
+    """Return ``checked_batches``; if one rank's are unusable, every rank raises.
+
+    So it does if a forward pass takes all ranks (FSDP2) and one has fewer batches than another.
+    """
     counted, error = [], None
     try:
         counted = checked_batches(model, batches)
@@ -136,6 +140,15 @@ def agreed_batches(model: nn.Module, batches: Iterable[Batch]) -> list[tuple[Bat
         error = problem
     if _largest_over_ranks(float(error is not None), model):
         raise error or InputError("the init batches of another rank cannot be used.")
+    if is_sharded(model):
+        fewest = -_largest_over_ranks(-len(counted), model)
+        most = _largest_over_ranks(len(counted), model)
+        if fewest != most:
+            raise InputError(
+                f"the model is sharded by FSDP, so that every forward pass takes all ranks, and "
+                f"one has {fewest:g} init batches with supervised tokens, another {most:g}. Give "
+                "every rank the same number."
+            )
     return counted
 
 

@@ -288,6 +288,10 @@ class Config(Section):
     tracking: Literal["none", "wandb"]
     wandb: WandbConfig
     launcher: LauncherConfig
+    parallelism: Literal["ddp", "fsdp2", "zero2", "zero3"] = Field(
+        description="what several ranks share beside the rows: ddp nothing, fsdp2 the base's "
+        "weights, zero2 and zero3 (DeepSpeed) the optimiser's state and, zero3, the weights"
+    )
     output_dir: str = Field(min_length=1)
     dry_run: bool
     verbose: bool = Field(description="print the init report layer by layer")

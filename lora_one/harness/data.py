@@ -14,6 +14,7 @@ from lora_one.evaluation.context import context_of
 from lora_one.harness.config import Config, DatasetConfig
 from lora_one.harness.context import count_filling, prompt_room, require_context, require_room
 from lora_one.harness.models import Base
+from lora_one.harness.parallelism import FORWARD_TAKES_ALL_RANKS
 from lora_one.harness.ranks import world_size
 from lora_one.harness.splits import Splits, count_contaminated, require_disjoint, splits
 from lora_one.harness.task_options import arguments
@@ -212,8 +213,17 @@ def init_batches(config: Config, data: Data, collator: Collator) -> list[Batch]:
     init = config.init
     if data.train is None:
         return []
+    in_step = config.parallelism in FORWARD_TAKES_ALL_RANKS
     if init.bsz is None:
-        return batches_of(data.train.rows[: max(8, world_size())], 1, collator)
+        count = max(8, world_size())
+        count -= count % world_size() if in_step else 0
+        return batches_of(data.train.rows[:count], 1, collator)
+    if in_step and init.iters % world_size():
+        raise InputError(
+            f"init.iters={init.iters} micro-batches cannot be shared evenly by {world_size()} "
+            f"ranks, and with parallelism={config.parallelism} every forward pass takes all of "
+            f"them: give a multiple of {world_size()} (and init.bsz for the same rows)."
+        )
     if init.iters < world_size():
         raise InputError(
             f"init.iters={init.iters} micro-batches cannot be shared by {world_size()} ranks: give "

@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from lora_one.sharding import own_part
+
 NOTHING_FOUND = "weights, outputs and gradients are finite now"
 
 
@@ -17,13 +19,14 @@ def locate(model: nn.Module, inputs: Mapping[str, Any]) -> str:
         inputs: The batch that it came out on.
     """
     for name, parameter in model.named_parameters():
-        if not torch.isfinite(parameter).all():
+        # Of a sharded weight the own rows: not all ranks need be here.
+        if not torch.isfinite(own_part(parameter)).all():
             return f"the weight of {_layer(name)} is not finite"
     name = _first_bad_output(model, inputs)
     if name is not None:
         return f"the output of {name} is not finite"
     for name, parameter in model.named_parameters():
-        if parameter.grad is not None and not torch.isfinite(parameter.grad).all():
+        if parameter.grad is not None and not torch.isfinite(own_part(parameter.grad)).all():
             return f"the gradient of {_layer(name)} is not finite"
     return NOTHING_FOUND
 

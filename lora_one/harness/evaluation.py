@@ -4,6 +4,7 @@ import hashlib
 import json
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -35,6 +36,7 @@ from lora_one.evaluation.sampling import Sampling
 from lora_one.evaluation.vllm_engine import VllmEngine, require_vllm
 from lora_one.harness.config import Config
 from lora_one.harness.console import say, show_progress
+from lora_one.harness.fsdp import own_pace
 from lora_one.harness.models import Base, base_dtype
 from lora_one.harness.ranks import is_main, rank, world_size
 from lora_one.tasks import Task
@@ -89,7 +91,10 @@ def evaluate(
             journal.add(rows)
             bar.add(rows)
 
-        made = answer(engine, task, share, decoding, score=score, on_rows=keep) if share else []
+        made = []
+        with own_pace(model, answers=True) if todo else nullcontext():
+            if share:
+                made = answer(engine, task, share, decoding, score=score, on_rows=keep)
     bar.close()
     rows = _in_order(jobs, [*done, *_gather(made)])
     seconds = time.perf_counter() - start

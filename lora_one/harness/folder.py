@@ -24,6 +24,7 @@ NOT_PART_OF_THE_RUN = {
     "launcher",
     "checkpoints",
     "preemption",
+    "parallelism",
     "evaluation.batch_size",
     "evaluation.allow_code_execution",
 }

@@ -282,6 +282,12 @@ def _trained_in_full(config: Config, base: Base, model: PreTrainedModel) -> list
     return sorted(names)
 
 
+def trained_in_full(base: Base, adapter: PeftConfig | None) -> set[str]:
+    """Name the modules that an adapter trains with all their weights, PEFT's own choice too."""
+    names = set(getattr(adapter, "modules_to_save", None) or ())
+    return names | set(ADDED_BY_PEFT) if base.architecture == "classification" else names
+
+
 def _pooler(model: PreTrainedModel) -> nn.Module | None:
     outside = getattr(model, "pooler", None)
     return outside if outside is not None else getattr(model.base_model, "pooler", None)

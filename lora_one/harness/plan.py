@@ -24,6 +24,7 @@ from lora_one.harness.models import (
     skeleton,
     target_shapes,
 )
+from lora_one.harness.parallelism import require_launcher, require_whole_weights
 from lora_one.harness.training import Schedule, plan_steps
 from lora_one.tasks.encoding import Collator, padding_id
 from lora_one.tasks.registry import TASKS
@@ -63,9 +64,12 @@ def make_plan(config: Config) -> Plan:
         InputError: whatever is wrong with them.
     """
     quiet_libraries()
+    if not config.dry_run:  # the plan of a cluster's run may be looked at on one core
+        require_launcher(config)
     base = find_base(config.model, task=TASKS[config.dataset.name])
     given = given_adapter(config)
     adapter, shapes = plan_adapter(config, base)
+    require_whole_weights(config, adapter)
     tokenizer = load_tokenizer(base, config.model)
     data = load_data(config, tokenizer, base)
     plan_jobs(data.test, config.evaluation.samples)

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from lora_one.errors import NonFiniteError
 from lora_one.evaluation.journal import FINAL, discard
 from lora_one.evaluation.loss import mean_token_loss
-from lora_one.harness import evaluation, initialization, resume, training
+from lora_one.harness import evaluation, fsdp, initialization, resume, training
 from lora_one.harness import export as exporting
 from lora_one.harness import plan as planning
 from lora_one.harness.checkpoint import Checkpoint
@@ -24,7 +24,13 @@ from lora_one.harness.data import Batch, batches_of, remarks, sandbox_remark
 from lora_one.harness.devices import device, require_devices
 from lora_one.harness.diagnosis import NOTHING_FOUND, locate
 from lora_one.harness.init_table import show_layers
-from lora_one.harness.models import base_dtype, has_bf16, load_base, weights_fingerprint
+from lora_one.harness.models import (
+    base_dtype,
+    has_bf16,
+    load_base,
+    trained_in_full,
+    weights_fingerprint,
+)
 from lora_one.harness.peers import agree
 from lora_one.harness.plan import Plan
 from lora_one.harness.provenance import provenance
@@ -100,7 +106,14 @@ def load(config: Config, plan: Plan, record: RunRecord) -> PreTrainedModel:
     dtype = base_dtype(config)
     if config.model.bf16 and not has_bf16():
         say("note: this GPU has no bfloat16 arithmetic; computing in float32")
-    return load_base(plan.base, config.model, device(), dtype)
+    place = device()
+    if config.parallelism == "fsdp2":
+        return fsdp.load_sharded(
+            lambda where: load_base(plan.base, config.model, where, dtype),
+            place,
+            trained_in_full(plan.base, plan.adapter),
+        )
+    return load_base(plan.base, config.model, place, dtype)
 
 
 def _keep_tokens(plan: Plan) -> None:
@@ -144,8 +157,11 @@ def initialise(
 
 def rehearse_export(config: Config, plan: Plan, model: Any, record: RunRecord) -> None:
     """Try the export now, so that it cannot fail after the training."""
-    if is_main() and config.trains and record.resumed is None:
-        exporting.rehearse_export(config, plan.base, model, record.folder, _probe(plan))
+    if not config.trains or record.resumed is not None:
+        return
+    with fsdp.own_pace(model):
+        if is_main():
+            exporting.rehearse_export(config, plan.base, model, record.folder, _probe(plan))
 
 
 def train(config: Config, plan: Plan, model: Any, record: RunRecord, tracker: Tracker) -> None:
@@ -211,9 +227,13 @@ def evaluate(config: Config, plan: Plan, model: Any, record: RunRecord, tracker:
 
 def export(config: Config, plan: Plan, model: Any, record: RunRecord) -> None:
     """Write the adapter for the untouched base and check it; one that is there already stays."""
-    if not is_main() or plan.given is not None:
+    if plan.given is not None:
         return
-    facts = exporting.export(config, plan.base, plan.tokenizer, model, record.folder, _probe(plan))
+    with fsdp.own_pace(model):
+        if not is_main():
+            return
+        folder, probe = record.folder, _probe(plan)
+        facts = exporting.export(config, plan.base, plan.tokenizer, model, folder, probe)
     record.update(export=facts)
     difference = facts["largest_logit_difference"]
     if difference is not None:

@@ -18,6 +18,7 @@ from lora_one.harness.checkpoint import Checkpoint
 from lora_one.harness.config import Config, ModelConfig
 from lora_one.harness.console import show_progress
 from lora_one.harness.diagnosis import locate
+from lora_one.harness.fsdp import ReplicasTrainer
 from lora_one.harness.models import has_bf16
 from lora_one.harness.optimizers import create_optimizer
 from lora_one.harness.ranks import world_size
@@ -28,6 +29,7 @@ from lora_one.harness.resumable import (
     recall_losses,
     recall_state,
 )
+from lora_one.harness.zero import STAGES, deepspeed_arguments, make_whole
 from lora_one.tasks.encoding import Collator, EncodedRows
 
 Log = Callable[..., None]
@@ -112,7 +114,7 @@ def train(
     callbacks: list[TrainerCallback] = [journal]
     if config.peft.adalora:
         callbacks.append(RankAllocation(model))
-    trainer = GuardedTrainer(
+    trainer = TRAINERS[config.parallelism](
         keeper=Keeper(config.checkpoints, keep),
         losses=journal,
         checkpoint=checkpoint,
@@ -128,6 +130,9 @@ def train(
     trainer.remove_callback(ProgressCallback)
     with preemption.deferred():
         trainer.train(None if checkpoint is None else str(checkpoint.path))
+    if config.parallelism in STAGES:
+        make_whole(model, trainer.model_wrapped)
+        require_finite_weights(model, trainer.state.global_step)
     return _facts(trainer.state, journal)
 
 
@@ -166,6 +171,7 @@ def _arguments(config: Config, schedule: Schedule, folder: str) -> TrainingArgum
         remove_unused_columns=False,
         label_names=["labels"],
         use_cpu=not cuda,
+        **deepspeed_arguments(config.parallelism),
         dataloader_pin_memory=cuda,
         ddp_find_unused_parameters=False,
     )
@@ -225,6 +231,28 @@ class GuardedTrainer(ResumableTrainer):
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         require_finite_weights(self.model, self.state.global_step)
         super()._save_checkpoint(model, trial)
+
+
+class ShardedTrainer(GuardedTrainer, ReplicasTrainer):
+    """On a base that is cut up between ranks; looks at the averaged gradients."""
+
+
+class DeepSpeedTrainer(GuardedTrainer):
+    """Under DeepSpeed, whose optimiser keeps its state in pieces: it has no checkpoints."""
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        self.control.should_save = False
+        if self.keeper.stop is not None:
+            preemption.leave_in_peace()
+            raise self.keeper.stop.error("DeepSpeed keeps no checkpoint, the run starts again")
+
+
+TRAINERS = {
+    "ddp": GuardedTrainer,
+    "fsdp2": ShardedTrainer,
+    "zero2": DeepSpeedTrainer,
+    "zero3": DeepSpeedTrainer,
+}
 
 
 def require_finite_weights(model: nn.Module, step: int) -> None:

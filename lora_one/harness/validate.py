@@ -19,6 +19,7 @@ from lora_one.harness.config import (
     OptimizerConfig,
     Section,
 )
+from lora_one.harness.parallelism import check_parallelism
 from lora_one.harness.slurm.options import check_launcher
 from lora_one.harness.task_options import check_options, describe, require_task
 
@@ -132,6 +133,7 @@ def _check_consistency(config: Config) -> None:
         raise InputError("peft.use_rslora has no effect on AdaLoRA. Add peft.use_rslora=false.")
     if peft.lora_target_modules == []:
         raise InputError("peft.lora_target_modules=[] names no layer. Write all, or qv, or a list.")
+    check_parallelism(config)
     _check_evaluation(config)
     if config.launcher.name == "slurm":
         check_launcher(config.launcher)

@@ -6,10 +6,11 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from peft import LoraConfig, get_peft_model
 
 import lora_one
 from lora_one.gradients.stream import Ranks
-from lora_one.layers import adapted_layers, plain_layers
+from lora_one.layers import adapted_layers, base_weight, plain_layers
 from lora_one.numerics.svd import truncated_svd
 
 from .tiny import TARGETS, adapted, batches_for, known_spectrum, perturb, tiny_llama
@@ -17,6 +18,8 @@ from .tiny import TARGETS, adapted, batches_for, known_spectrum, perturb, tiny_l
 pytestmark = pytest.mark.skipif(not dist.is_available(), reason="torch without distributed")
 
 ROWS = (2, 3, 1)
+# One of each kind: decomposes W, decomposes G and rewrites W, random and rewrites W, leaves W.
+SHARDED_METHODS = ("pissa", "lora_ga", "gaussian", "lora_one")
 
 
 def factors_of(peft_model):
@@ -60,7 +63,14 @@ def rank_results(rank):
     results["summands"] = decomposed_summands(rank)
     results["refused"] = refused(batches if rank == 0 else [])
     results["trained"] = trained_with_ddp(batches[rank])
-    results["fsdp"] = sharded_gradients(even)
+    results["fsdp"] = lora_one.estimate_gradients(
+        sharded_llama(), even, target_modules=TARGETS["llama"]
+    )
+    results["sharded"] = {
+        method: started(sharded_llama(), even, method) for method in SHARDED_METHODS
+    }
+    results["sharded, uneven"] = refused(uneven, sharded_llama())
+    results["sharded, tied"] = refused_tied(even)
     return results
 
 
@@ -107,9 +117,9 @@ def decomposed_summands(rank):
     return tuple(truncated_svd(summand, 8, summands=Ranks()))
 
 
-def refused(batches):
+def refused(batches, model=None):
     try:
-        lora_one.estimate_gradients(tiny_llama(), batches)
+        lora_one.estimate_gradients(model or tiny_llama(), batches)
     except lora_one.InputError as error:
         return str(error)
     return None
@@ -129,16 +139,39 @@ def trained_with_ddp(batch):
     return factors_of(peft_model)
 
 
-def sharded_gradients(batches):
+def refused_tied(batches):
+    model = sharded_llama(tie_word_embeddings=True)
+    config = LoraConfig(r=2, target_modules=["lm_head"])
+    try:
+        lora_one.initialize(get_peft_model(model, config), batches, method="pissa")
+    except lora_one.InputError as error:
+        return str(error)
+    return None
+
+
+def started(model, batches, method):
+    """The factors and the base weights, whole, of an adapter's start."""
+    torch.manual_seed(7)
+    config = LoraConfig(r=4, lora_alpha=8, target_modules=TARGETS["llama"])
+    peft_model = get_peft_model(model, config)
+    report = lora_one.initialize(peft_model, batches, method=method)
+    return {
+        x.name: (x.B.detach() @ x.A.detach(), base_weight(x.module)[:])
+        for x in adapted_layers(peft_model)
+    }, report.loss_after
+
+
+def sharded_llama(**options):
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
-    model = tiny_llama()
+    model = tiny_llama(**options)
+    model.requires_grad_(False)
     mesh = init_device_mesh("cpu", (2,))
     for layer in model.model.layers:
         fully_shard(layer, mesh=mesh)
     fully_shard(model, mesh=mesh)
-    return lora_one.estimate_gradients(model, batches, target_modules=TARGETS["llama"])
+    return model
 
 
 @pytest.fixture(scope="module")
@@ -237,3 +270,29 @@ def test_fully_sharded_base_gives_the_same_gradient(ranks):
     assert [x.name for x in plain_layers(tiny_llama(), TARGETS["llama"])] == list(expected)
     for results in ranks:
         assert_close(results["fsdp"], expected)
+
+
+@pytest.mark.parametrize("method", SHARDED_METHODS)
+def test_a_fully_sharded_base_starts_like_a_whole_one(method, ranks):
+    """Products of the factors, and every base weight, whatever the method reads and rewrites."""
+    expected, loss = started(tiny_llama(), batches_for(rows=ROWS)[:2], method)
+    for results in ranks:
+        ours, our_loss = results["sharded"][method]
+        assert our_loss == pytest.approx(loss, rel=1e-5)
+        assert list(ours) == list(expected)
+        for name, (product, W) in expected.items():
+            torch.testing.assert_close(ours[name][0], product, rtol=1e-3, atol=1e-4)
+            torch.testing.assert_close(ours[name][1], W, rtol=1e-3, atol=1e-4)
+
+
+def test_a_sharded_model_needs_the_same_number_of_batches_on_every_rank(ranks):
+    """Else a rank would wait for ever for a forward pass of another."""
+    for results in ranks:
+        assert (
+            "one has 1 init batches with supervised tokens, another 2"
+            in (results["sharded, uneven"])
+        )
+
+
+def test_a_sharded_weight_that_is_tied_is_not_rewritten(ranks):
+    assert "is tied to another module's and sharded" in ranks[0]["sharded, tied"]
