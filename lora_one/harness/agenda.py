@@ -105,7 +105,7 @@ class Agenda:
             self._open.appendleft(index)
         elif status == TRY_AGAIN and self._refusals[index] < MOST_REFUSALS:
             self._refusals[index] += 1
-            self._put_aside(index, "another process was faster")
+            self._put_aside(index, "others", "another process was faster; later")
         elif status != DONE:
             known = status in (BAD_INPUT, TRY_AGAIN)
             self.problems[name] = status if known else FAILED
@@ -122,7 +122,9 @@ class Agenda:
         try:
             lease = claim(watch, on_loss=_leave_to_the_successor)
         except RunHeldError:
-            self._put_aside(index, f"being done by {self._look(watch)}")
+            sight = self._look(watch)
+            who = "others" if sight.holder is None else sight.holder.name
+            self._put_aside(index, who, f"being done by {sight}; later")
             return False
         except OSError as error:
             raise _unusable(watch, error) from error
@@ -138,18 +140,19 @@ class Agenda:
         lease.release()
         return False
 
-    def _put_aside(self, index: int, why: str) -> None:
+    def _put_aside(self, index: int, who: str, why: str) -> None:
         if index not in self._seen_held:
             self._seen_held.add(index)
-            self._say(index, f"{why}; later")
-        self._aside[index] = why
+            self._say(index, why)
+        self._aside[index] = who
 
     def _wait(self) -> None:
         """Wait a little for others, and look at all that was put aside again."""
         if not self._waits:
             self._waits = True
             points = "1 point" if len(self._aside) == 1 else f"{len(self._aside)} points"
-            say(f"waiting for {points}, {' and '.join(dict.fromkeys(self._aside.values()))}")
+            holders = "; ".join(dict.fromkeys(self._aside.values()))
+            say(f"waiting for {points}, being done by {holders}")
         time.sleep(expiry_seconds() / LOOKS_PER_EXPIRY)
         self._open.extend(sorted(self._aside))
         self._aside.clear()

@@ -116,11 +116,12 @@ class Holder(BaseModel):
             started=(_process_state(os.getpid()) or (None, None))[1],
         )
 
-    def __str__(self) -> str:
+    @property
+    def name(self) -> str:
+        """Name the process for people."""
         if self.host is None:
             return "a process that left no name"
-        job = f", job {self.job}" if self.job else ""
-        return f"{self.host}, process {self.pid}{job}, since {self.since}"
+        return f"{self.host}, process {self.pid}" + (f", job {self.job}" if self.job else "")
 
     @property
     def is_local(self) -> bool:
@@ -185,8 +186,11 @@ class Sight:
     beat_age: float | None
 
     def __str__(self) -> str:
+        if self.holder is None:
+            return "nobody"
+        since = "" if self.holder.since is None else f", since {self.holder.since}"
         age = "" if self.beat_age is None else f", last heartbeat {self.beat_age:.0f} s ago"
-        return f"{self.holder or 'nobody'}{age}"
+        return f"{self.holder.name}{since}{age}"
 
 
 def look(folder: Path) -> Sight:

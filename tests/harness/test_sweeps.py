@@ -105,7 +105,7 @@ def test_a_sweep_waits_for_a_point_of_another_and_does_it_if_that_one_dies(place
     wait_for(first, "running 0")
     second = place.start("-m", "seed=0,1,2")
     said = wait_for(second, "waiting for 1 point, being done by")
-    point = int(re.search(r"process (\d+), since", said.splitlines()[-1])[1])
+    point = int(re.search(r"process (\d+)$", said.splitlines()[-1])[1])
     assert re.search(r"\[1/3\] \S+-s0-\S+: being done by .*; later", said)
     assert place.starts() == [0, 1, 2]
     first.kill()
