@@ -22,7 +22,7 @@ from pydantic import ValidationError
 from lora_one.errors import InputError
 from lora_one.harness.config import WandbConfig
 from lora_one.harness.exit_status import BAD_INPUT, DONE, FAILED
-from lora_one.harness.mirror import Mirror, choose_mode, read_settings
+from lora_one.harness.mirror import Mirror, brief, choose_mode, read_settings
 
 
 def find_folders(path: Path) -> list[Path]:
@@ -119,7 +119,7 @@ def main() -> int:
         try:
             sync(folder, where, mode)
         except Exception as error:  # W&B raises anything; the other runs are not to suffer
-            print(f"{folder.name}: failed: {error}", file=sys.stderr)
+            print(f"{folder.name}: failed: {brief(error)}", file=sys.stderr)
             failed += 1
     if failed:
         print(f"{failed} of {len(runs)} runs could not be copied", file=sys.stderr)

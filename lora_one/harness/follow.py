@@ -20,7 +20,7 @@ from pathlib import Path
 from lora_one.errors import InputError
 from lora_one.harness.config import WandbConfig
 from lora_one.harness.exit_status import BAD_INPUT, DONE, FAILED, TRY_AGAIN
-from lora_one.harness.mirror import Mirror, Say, choose_mode, read_settings
+from lora_one.harness.mirror import Mirror, Say, brief, choose_mode, read_settings
 
 NEWS, END = b".", b"!"
 # A run's end is told through a pipe; should other processes hold it open too, look at the parent.
@@ -88,7 +88,7 @@ def follow(folder: Path, say: Say, *, resumes: bool) -> None:
         except InputError:
             raise
         except Exception as error:  # W&B raises anything from OSError to its own kinds
-            mode, reason = "offline", f"W&B does not answer ({_brief(error)})"
+            mode, reason = "offline", f"W&B does not answer ({brief(error)})"
             _stop_service()
     if mode == "offline":
         mirror = open_mirror("offline")
@@ -114,10 +114,6 @@ def follow(folder: Path, say: Say, *, resumes: bool) -> None:
             _stop_service()
             mirror = open_mirror(mode, resumes=True)
             listener.again()
-
-
-def _brief(error: Exception) -> str:
-    return str(error).partition("\n")[0].strip()[:200]
 
 
 def _stop_service() -> None:

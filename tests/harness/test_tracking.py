@@ -170,6 +170,19 @@ def test_the_sync_script_makes_the_same_run_and_may_be_repeated(config):
             assert rebuilt.config[key] == live.config[key]
 
 
+def test_a_broken_folder_does_not_stop_the_sync_of_the_others(config):
+    broken, whole = sorted(attempt(config(f"seed={seed}")) for seed in (0, 1))
+    with (broken / "metrics.jsonl").open("a") as file:
+        file.write("{\n")
+    done = sync(broken.parent, "--mode", "offline")
+    assert done.returncode == 1
+    assert f"{broken.name}: failed: {broken}/metrics.jsonl, line 7: not JSON" in done.stderr
+    assert "1 of 2 runs could not be copied" in done.stderr
+    assert f"{whole.name}: finished, 6 lines" in done.stdout
+    run = read_run(whole)
+    assert (run.id, plain(run.history)) == (wandb_id(whole.name), LINES)
+
+
 def sync(*arguments) -> subprocess.CompletedProcess:
     command = [sys.executable, str(ROOT / "scripts" / "wandb_sync.py"), *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, timeout=120)
