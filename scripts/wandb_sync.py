@@ -12,6 +12,7 @@ be copied, 2 bad input.
 
 import argparse
 import contextlib
+import os
 import sys
 import tempfile
 from pathlib import Path
@@ -108,6 +109,8 @@ def main() -> int:
         help="the longest to wait for W&B, for each run",
     )
     options = parser.parse_args()
+    # W&B's reports about itself go the same way as the data, and hold it up when it is blocked.
+    os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
     try:
         runs = [(folder, read_where(folder, options)) for folder in find_folders(options.path)]
         mode = settle_mode(options.mode)
