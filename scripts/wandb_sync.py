@@ -12,6 +12,7 @@ be copied, 2 bad input.
 
 import argparse
 import contextlib
+import os
 import sys
 import tempfile
 from pathlib import Path
@@ -22,7 +23,7 @@ from pydantic import ValidationError
 from lora_one.errors import InputError
 from lora_one.harness.config import WandbConfig
 from lora_one.harness.exit_status import BAD_INPUT, DONE, FAILED
-from lora_one.harness.mirror import Mirror, choose_mode, read_settings
+from lora_one.harness.mirror import Mirror, brief, choose_mode, read_settings
 
 
 def find_folders(path: Path) -> list[Path]:
@@ -108,6 +109,8 @@ def main() -> int:
         help="the longest to wait for W&B, for each run",
     )
     options = parser.parse_args()
+    # W&B's reports about itself go the same way as the data, and hold it up when it is blocked.
+    os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
     try:
         runs = [(folder, read_where(folder, options)) for folder in find_folders(options.path)]
         mode = settle_mode(options.mode)
@@ -119,7 +122,7 @@ def main() -> int:
         try:
             sync(folder, where, mode)
         except Exception as error:  # W&B raises anything; the other runs are not to suffer
-            print(f"{folder.name}: failed: {error}", file=sys.stderr)
+            print(f"{folder.name}: failed: {brief(error)}", file=sys.stderr)
             failed += 1
     if failed:
         print(f"{failed} of {len(runs)} runs could not be copied", file=sys.stderr)

@@ -14,13 +14,12 @@ import os
 import shlex
 import sys
 import threading
-from functools import partial
 from pathlib import Path
 
 from lora_one.errors import InputError
 from lora_one.harness.config import WandbConfig
 from lora_one.harness.exit_status import BAD_INPUT, DONE, FAILED, TRY_AGAIN
-from lora_one.harness.mirror import Mirror, Say, choose_mode, read_settings
+from lora_one.harness.mirror import Mirror, Say, brief, choose_mode, read_settings
 
 NEWS, END = b".", b"!"
 # A run's end is told through a pipe; should other processes hold it open too, look at the parent.
@@ -80,44 +79,40 @@ def follow(folder: Path, say: Say, *, resumes: bool) -> None:
     """
     where = WandbConfig.model_validate(read_settings(folder)["wandb"])
     listener = Listener(where.timeout_seconds)
-    open_mirror = partial(Mirror, folder, where, say=say, live=True)
     mode, reason = choose_mode()
-    if mode == "online":
-        try:
-            mirror = open_mirror("online", resumes=resumes)
-        except InputError:
-            raise
-        except Exception as error:  # W&B raises anything from OSError to its own kinds
-            mode, reason = "offline", f"W&B does not answer ({_brief(error)})"
-            _stop_service()
-    if mode == "offline":
-        mirror = open_mirror("offline")
-        say(f"offline, {reason}; later: wandb sync {shlex.quote(str(mirror.files))}")
-    # Nothing is read before the run has logged something: until then a run that is resumed may
-    # cut its files back to where its checkpoint is.
+    mirror: Mirror | None = None
     restarts = 0
     while True:
-        listener.wait()
-        ended = listener.ended
         try:
+            if mirror is None:
+                mirror = Mirror(folder, where, mode, say, live=True, resumes=resumes)
+                if reason:
+                    files = f"{shlex.quote(str(folder))}/wandb/offline-run-*"
+                    say(f"offline, {reason}; later: wandb sync {files}")
+                    reason = ""
+            # Nothing is read before the run has logged something: until then a run that is
+            # resumed may cut its files back to where its checkpoint is.
+            listener.wait()
+            ended = listener.ended
             mirror.catch_up()
             if ended:
                 mirror.close()
                 return
-        except (InputError, TimeoutError):
+        except InputError:
             raise
-        except Exception as error:  # as above
-            print(f"restart after {error!r}", file=sys.stderr)
-            restarts += 1
-            if restarts > RESTARTS:
+        except Exception as error:  # W&B raises anything from OSError to its own kinds
+            if mirror is not None and isinstance(error, TimeoutError):
                 raise
+            print(f"starting again after {error!r}", file=sys.stderr)
+            if mirror is None and mode == "online":
+                mode, reason = "offline", f"W&B does not answer ({brief(error)})"
+            elif restarts == RESTARTS:
+                raise
+            else:
+                restarts += 1
+            mirror, resumes = None, True
             _stop_service()
-            mirror = open_mirror(mode, resumes=True)
             listener.again()
-
-
-def _brief(error: Exception) -> str:
-    return str(error).partition("\n")[0].strip()[:200]
 
 
 def _stop_service() -> None:

@@ -148,6 +148,8 @@ class Mirror:
             tags=where.tags,
             config=read_settings(folder) | {"method": record["method"], "run_id": run_id},
             dir=str(directory or folder),
+            # Without this, a run that was given up would be handed out in the place of the next.
+            reinit="create_new",
             settings=wandb.Settings(
                 silent=True,
                 console="off",
@@ -222,7 +224,7 @@ class Mirror:
         try:
             copy()
         except Exception as error:  # W&B raises anything from ValueError to its own kinds
-            self._say(f"the {what} could not be copied: {error}")
+            self._say(f"the {what} could not be copied: {brief(error)}")
 
     def _copy_report(self) -> None:
         import wandb
@@ -295,6 +297,11 @@ _NOT_THIS_MACHINE: dict[str, Any] = {
 def _singular_values(layer: dict[str, Any]) -> list[float | None]:
     kept = layer["singular_values"] or [None]
     return [kept[0], kept[-1], layer["next_singular_value"]]
+
+
+def brief(error: Exception) -> str:
+    """Return the first line of what W&B says; more may be a whole web page."""
+    return str(error).partition("\n")[0].strip()[:200]
 
 
 def choose_mode() -> tuple[str, str]:

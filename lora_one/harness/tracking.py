@@ -136,6 +136,7 @@ def _environment() -> dict[str, str]:
     paths = [root, *filter(None, [os.environ.get("PYTHONPATH")])]
     # Another program's W&B service would neither end with this run nor be in this session.
     inherited = {key: value for key, value in os.environ.items() if key != "WANDB_SERVICE"}
+    # W&B's reports about itself go the same way as the data, and hold it up when it is blocked.
     return {"WANDB_ERROR_REPORTING": "false"} | inherited | {"PYTHONPATH": os.pathsep.join(paths)}
 
 

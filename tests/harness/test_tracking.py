@@ -41,7 +41,12 @@ LAYER = {
     "captured_energy": 0.9,
     "norm_ratio": 0.01,
 }
-REPORT = {"method": "lora_one", "loss_before": 3.5, "loss_after": 3.25, "layers": [LAYER, LAYER]}
+REPORT = {
+    "method": "lora_one",
+    "loss_before": 3.5,
+    "loss_after": 3.25,
+    "layers": [LAYER, LAYER | {"name": "lm_head"}],
+}
 KEY = "0123456789" * 4
 
 
@@ -135,7 +140,7 @@ def test_without_a_key_the_copy_is_offline_and_complete(config, read, monkeypatc
     printed = capsys.readouterr()
     (line,) = printed.out.splitlines()
     assert re.match(r"wandb: offline, no API key for https://\S+; later: wandb sync ", line)
-    assert Path(line.split()[-1]).is_dir()
+    assert line.endswith(f"{folder}/wandb/offline-run-*")
     assert printed.err == ""
 
 
@@ -169,6 +174,19 @@ def test_the_sync_script_makes_the_same_run_and_may_be_repeated(config):
             assert rebuilt.summary[key] == live.summary[key]
         for key in live.config.keys() - {"_wandb", "wandb"}:
             assert rebuilt.config[key] == live.config[key]
+
+
+def test_a_broken_folder_does_not_stop_the_sync_of_the_others(config):
+    broken, whole = sorted(attempt(config(f"seed={seed}")) for seed in (0, 1))
+    with (broken / "metrics.jsonl").open("a") as file:
+        file.write("{\n")
+    done = sync(broken.parent, "--mode", "offline")
+    assert done.returncode == 1
+    assert f"{broken.name}: failed: {broken}/metrics.jsonl, line 7: not JSON" in done.stderr
+    assert "1 of 2 runs could not be copied" in done.stderr
+    assert f"{whole.name}: finished, 6 lines" in done.stdout
+    run = read_run(whole)
+    assert (run.id, plain(run.history)) == (wandb_id(whole.name), LINES)
 
 
 def sync(*arguments) -> subprocess.CompletedProcess:
@@ -221,11 +239,9 @@ def test_sync_goes_online_where_it_can(config, server, monkeypatch):
     folder = attempt(config())
     monkeypatch.delenv("WANDB_MODE")
     assert not server.upserts
-    for _ in range(2):
-        done = sync(folder)
-        assert done.returncode == 0, done.stderr
-        assert plain(server.history) == LINES
-    assert server.exit_codes == [0, 0]
+    done = sync(folder)
+    assert done.returncode == 0, done.stderr
+    assert (plain(server.history), server.exit_codes) == (LINES, [0])
     server.health = "silent"
     start = time.monotonic()
     done = sync(folder, "--mode", "online", "--timeout", 4)
