@@ -1,6 +1,7 @@
 """Jobs: arrays, and what happens to a run when its job is taken away."""
 
 import json
+import shlex
 import time
 
 import pytest
@@ -37,6 +38,8 @@ def test_an_array_does_each_unfinished_point_and_ends_in_one_table(tiny, results
     assert len(ran) == 3
     known = json.loads((snapshot / "source.json").read_text())["git"]
     assert all(record["provenance"]["git"] == known for record in ran)
+    (sweep,) = (results / "sweeps").glob("*.md")
+    assert all(f"wandb.group='{sweep.stem}'" in shlex.split(r["command"]) for r in ran)
 
     again = call(*command)
     assert again.returncode == 0
