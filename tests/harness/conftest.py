@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from forks import Forks
 from transformers import (
     AutoTokenizer,
     LlamaConfig,
@@ -19,6 +18,8 @@ from transformers import (
 from lora_one.harness.compose import compose_config, composer
 from lora_one.harness.config import Config
 from lora_one.harness.published import translate
+
+from .forks import Forks
 
 ROOT = Path(__file__).parents[2]
 

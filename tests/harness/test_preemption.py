@@ -9,12 +9,13 @@ import time
 from pathlib import Path
 
 import pytest
-from long_run import attempts_of, overrides_of, result_of
 
 from lora_one.errors import PreemptedError
 from lora_one.harness import preemption, time_limit
 from lora_one.harness.config import PreemptionConfig
 from lora_one.harness.preemption import Reason
+
+from .long_run import attempts_of, overrides_of, result_of
 
 # Long enough to be met in the middle; only the stop itself writes a checkpoint.
 LONG = ["model.epochs=12", "checkpoints.every_steps=null", "checkpoints.every_seconds=600"]

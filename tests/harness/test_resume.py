@@ -12,12 +12,13 @@ import time
 from pathlib import Path
 
 import pytest
-from long_run import TEN_STEPS, attempts_of, folder_of, overrides_of, result_of
 
 from lora_one.errors import InputError, NonFiniteError
 from lora_one.harness import record as records
 from lora_one.harness import training
 from lora_one.harness.checkpoint import find_fault, newest_valid, write_checkpoint
+
+from .long_run import TEN_STEPS, attempts_of, folder_of, overrides_of, result_of
 
 ROOT = Path(__file__).parents[2]
 

@@ -12,14 +12,15 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from wandb_files import read_run
-from wandb_server import serve
 
 from lora_one.harness import stages
 from lora_one.harness.follow import NEWS
 from lora_one.harness.mirror import wandb_id
 from lora_one.harness.record import RunRecord
 from lora_one.harness.tracking import NoTracker, start_tracking
+
+from .wandb_files import read_run
+from .wandb_server import serve
 
 ROOT = Path(__file__).parents[2]
 LINES = [
