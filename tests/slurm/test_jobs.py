@@ -100,7 +100,8 @@ def test_a_failed_and_a_killed_run_are_named_with_the_end_of_their_errors(submit
     slow = wait_until(
         lambda: [f for f in results.glob("*lr0.001*/metrics.jsonl") if f.stat().st_size]
     )[0]
-    assert call("scancel", "--signal=KILL", "--full", f"{submission.job}_0").returncode == 0
+    # The step, not the job, which SLURM would then call cancelled.
+    assert call("scancel", "--signal=KILL", f"{submission.job}_0.0").returncode == 0
     started = time.monotonic()
     status, said = submission.end()
     assert status == 1, said
