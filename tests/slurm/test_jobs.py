@@ -2,7 +2,6 @@
 
 import json
 import shlex
-import time
 
 import pytest
 
@@ -102,12 +101,10 @@ def test_a_failed_and_a_killed_run_are_named_with_the_end_of_their_errors(submit
     )[0]
     # The step, not the job, which SLURM would then call cancelled.
     assert call("scancel", "--signal=KILL", f"{submission.job}_0.0").returncode == 0
-    started = time.monotonic()
     status, said = submission.end()
     assert status == 1, said
-    assert time.monotonic() - started < 60
     assert f"failed (FAILED): {slow.parent.name}" in said
-    assert "failed: " in said.replace("(FAILED): ", "")
+    assert "failed: step" in said
     assert said.count("all of it: ") == 2
 
 
