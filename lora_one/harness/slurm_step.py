@@ -105,7 +105,7 @@ def _expand_brackets(part: str) -> list[str]:
     names = []
     for piece in part[1:-1].split(","):
         first, dash, last = piece.partition("-")
-        if dash:
+        if dash and first.isdecimal() and last.isdecimal():
             names += [str(n).zfill(len(first)) for n in range(int(first), int(last) + 1)]
         else:
             names.append(piece)
