@@ -39,9 +39,9 @@ def run(config: Config) -> dict[str, Any]:
     checkpoint = stages.find_checkpoint(config, plan, record)
     with (
         lease,
-        watching(config.preemption.margin_seconds),
         stages.tracking(config, record.open(checkpoint)) as tracker,
         record.closing(),
+        watching(config.preemption.margin_seconds),
     ):
         with record.phase("load"):
             base = stages.load(config, plan, record)

@@ -1,7 +1,7 @@
 """Jobs: arrays, and what happens to a run when its job is taken away."""
 
 import json
-import time
+import shlex
 
 import pytest
 
@@ -37,6 +37,8 @@ def test_an_array_does_each_unfinished_point_and_ends_in_one_table(tiny, results
     assert len(ran) == 3
     known = json.loads((snapshot / "source.json").read_text())["git"]
     assert all(record["provenance"]["git"] == known for record in ran)
+    (sweep,) = (results / "sweeps").glob("*.md")
+    assert all(f"wandb.group='{sweep.stem}'" in shlex.split(r["command"]) for r in ran)
 
     again = call(*command)
     assert again.returncode == 0
@@ -97,13 +99,12 @@ def test_a_failed_and_a_killed_run_are_named_with_the_end_of_their_errors(submit
     slow = wait_until(
         lambda: [f for f in results.glob("*lr0.001*/metrics.jsonl") if f.stat().st_size]
     )[0]
-    assert call("scancel", "--signal=KILL", "--full", f"{submission.job}_0").returncode == 0
-    started = time.monotonic()
+    # The step, not the job, which SLURM would then call cancelled.
+    assert call("scancel", "--signal=KILL", f"{submission.job}_0.0").returncode == 0
     status, said = submission.end()
     assert status == 1, said
-    assert time.monotonic() - started < 60
     assert f"failed (FAILED): {slow.parent.name}" in said
-    assert "failed: " in said.replace("(FAILED): ", "")
+    assert "failed: step" in said
     assert said.count("all of it: ") == 2
 
 

@@ -193,7 +193,7 @@ def _hand_over(order: Order, program: Path, group: str | None) -> list[Task]:
         program = take_snapshot(program, order.output_dir / "snapshots")
         executor = SlurmExecutor(logs)
         executor.update_parameters(
-            setup=[*_setup(group), *order.launcher.setup],
+            setup=order.launcher.setup,
             array_parallelism=order.launcher.max_parallel or len(order.points),
             # A step takes neither from its job: the CPUs since SLURM 22.05, the mode never.
             srun_args=[f"--cpus-per-task={order.launcher.cpus_per_task}", "--open-mode=append"],
@@ -203,7 +203,8 @@ def _hand_over(order: Order, program: Path, group: str | None) -> list[Task]:
                 for name, value in sbatch_options(order.launcher).items()
             },
         )
-        commands = [[sys.executable, "-u", str(program), *_alone(p)] for p in order.points.values()]
+        python = [sys.executable, "-u", str(program)]
+        commands = [[*python, *_alone(point, group)] for point in order.points.values()]
         try:
             # submitit prints what sbatch says before it raises it.
             with contextlib.redirect_stderr(io.StringIO()):
@@ -219,17 +220,15 @@ def _hand_over(order: Order, program: Path, group: str | None) -> list[Task]:
     return tasks
 
 
-def _setup(group: str | None) -> list[str]:
-    """Let Weights & Biases show the runs of a sweep as one group, as it calls its own variable.
+def _alone(point: Point, group: str | None) -> list[str]:
+    """The overrides of a point that runs where it is, not through a launcher.
 
-    LORA_ONE_SWEEP would do so too, but it says that a driver in the same job speaks for the run.
+    Its group in Weights & Biases is the sweep's. LORA_ONE_SWEEP would say so too, but also that a
+    driver in the same job speaks for the run.
     """
-    return [] if group is None else [f"export WANDB_RUN_GROUP=${{WANDB_RUN_GROUP:-{group}}}"]
-
-
-def _alone(point: Point) -> list[str]:
-    """The overrides of a point that runs where it is, not through a launcher."""
     kept = [o for o in point.overrides if o.lstrip("+~").split("=")[0].split(".")[0] != "launcher"]
+    if group is not None and point.config.wandb.group is None:
+        kept.append(f"wandb.group='{group}'")
     return [*kept, "launcher=local"]
 
 
