@@ -11,6 +11,7 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import DistributedType
 from torch import nn
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 STAGES = {"zero2": 2, "zero3": 3}
 
@@ -42,6 +43,8 @@ def make_whole(model: nn.Module, engine: Any) -> None:
         model: The model that was trained.
         engine: DeepSpeed's wrapper of it.
     """
+    # While transformers knows of ZeRO-3, it cuts up every model that it loads.
+    unset_hf_deepspeed_config()
     if engine.zero_optimization_stage() < 3:
         engine.destroy()
         return
