@@ -81,7 +81,7 @@ def test_two_concurrent_sweeps_of_12_points_are_12_runs_each_once(place):
     time.sleep(3)  # so that one of them meets a point that the other holds
     (place.folder / "hold-0").unlink()
     for sweep in sweeps:
-        said, errors = sweep.communicate(timeout=120)
+        said, errors = sweep.communicate(timeout=240)
         assert sweep.returncode == 0, errors
         row = next(line for line in said.splitlines() if line.startswith("lora_one"))
         assert row.split()[3] == "12"
@@ -111,7 +111,7 @@ def test_a_sweep_waits_for_a_point_of_another_and_does_it_if_that_one_dies(place
     first.kill()
     os.kill(point, signal.SIGKILL)
     (place.folder / "hold-0").unlink()
-    said, errors = second.communicate(timeout=60)
+    said, errors = second.communicate(timeout=180)
     assert second.returncode == 0, errors
     assert place.starts() == [0, 1, 2, 0]
     assert list(place.records().values()) == ["finished"] * 3
@@ -125,14 +125,14 @@ def test_a_point_that_failed_in_another_sweep_is_not_done_twice(place):
     second = place.start("-m", "seed=0,1")
     wait_for(second, "waiting for 1 point")
     (place.folder / "hold-0").unlink()
-    said, _ = second.communicate(timeout=60)
-    assert first.wait(timeout=60) == second.returncode == 1
+    said, _ = second.communicate(timeout=180)
+    assert first.wait(timeout=180) == second.returncode == 1
     assert "failed meanwhile, and is not done twice" in said
     assert place.starts() == [0, 1]
     # The same command, given later, is another attempt.
     (place.folder / "fail-0").unlink()
     third = place.start("-m", "seed=0,1")
-    assert third.wait(timeout=60) == 0
+    assert third.wait(timeout=180) == 0
     assert place.starts() == [0, 1, 0]
 
 
@@ -144,7 +144,7 @@ def test_a_sweep_that_is_asked_to_stop_asks_its_point_and_stops_after_it(place):
     wait_for(waiting, "waiting for 1 point")
     for process, number in ((waiting, signal.SIGTERM), (sweep, signal.SIGUSR1)):
         process.send_signal(number)
-        _, errors = process.communicate(timeout=60)
+        _, errors = process.communicate(timeout=180)
         assert process.returncode == 75
         assert "preempted: " in errors
         assert "the same command does the rest" in errors
@@ -153,14 +153,14 @@ def test_a_sweep_that_is_asked_to_stop_asks_its_point_and_stops_after_it(place):
     assert list(place.records().values()) == ["preempted"]
     assert place.leases() == [None]
     (place.folder / "hold-0").unlink()
-    assert place.start("-m", "seed=0,1").wait(timeout=60) == 0
+    assert place.start("-m", "seed=0,1").wait(timeout=180) == 0
     assert place.starts() == [0, 0, 1]
 
 
 def test_a_place_that_is_no_folder_is_one_message(place):
     place.results.touch()
     sweep = place.start("-m", "seed=0,1")
-    _, errors = sweep.communicate(timeout=60)
+    _, errors = sweep.communicate(timeout=180)
     assert sweep.returncode == 2
     assert "Not a directory. Choose another folder with output_dir=<folder>." in errors
     assert not (place.folder / "starts").exists()
@@ -181,7 +181,7 @@ def test_of_two_commands_for_one_run_one_runs_and_the_other_touches_nothing(plac
     (folder,) = place.results.glob("arithmetic-*")
     logged = (folder / "metrics.jsonl").read_text()
     second = place.start(*endless, program=ROOT / "run_exp.py")
-    _, errors = second.communicate(timeout=60)
+    _, errors = second.communicate(timeout=180)
     assert second.returncode == 75
     (told,) = (line for line in errors.splitlines() if line.startswith("not done: "))
     assert f"another process is doing {folder.name}: " in told
