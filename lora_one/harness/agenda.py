@@ -26,16 +26,21 @@ from lora_one.harness.lease import (
     expiry_seconds,
     lease_folder,
 )
+from lora_one.harness.preemption import Reason
 
 # A point that says so often that another process is doing it, when none is, will go on saying so.
 MOST_REFUSALS = 3
 
 
 class Step(NamedTuple):
-    """What to do next, as JSON values: run a point, stop with a reason, or neither: the end."""
+    """What to do next, as JSON values: run a point, stop with a reason, or neither: the end.
+
+    ``requeues`` says whether a job that is stopped may come back by itself.
+    """
 
     point: int | None = None
     stop: str | None = None
+    requeues: bool = False
 
 
 class Agenda:
@@ -49,7 +54,7 @@ class Agenda:
         InputError: if the output folder cannot be read.
     """
 
-    def __init__(self, points: Sequence[Point], asked_to_stop: Callable[[], str | None]) -> None:
+    def __init__(self, points: Sequence[Point], asked_to_stop: Callable[[], Reason | None]) -> None:
         self.problems: dict[str, int] = {}
         self.lease: Lease | None = None
         self._points = points
@@ -59,7 +64,7 @@ class Agenda:
         self._aside: dict[int, str] = {}
         self._seen_held: set[int] = set()
         self._refusals = [0] * len(points)
-        self._preempted: str | None = None
+        self._stop: Step | None = None
         self._waits = False
         self._watches = [
             Watch(lease_folder(point.config.output_dir, name))
@@ -77,8 +82,12 @@ class Agenda:
             InputError: if the output folder cannot be written.
         """
         while self._open or self._aside:
-            if reason := self._preempted or self._asked_to_stop():
-                return Step(stop=f"{reason}; {self._progress()}")
+            if reason := self._asked_to_stop():
+                self._stop = self._stop or Step(
+                    stop=f"the sweep got {reason.words}", requeues=reason.requeues
+                )
+            if self._stop is not None:
+                return self._stop._replace(stop=f"{self._stop.stop}; {self._progress()}")
             if not self._open:
                 self._wait()
             index = self._open.popleft()
@@ -101,7 +110,10 @@ class Agenda:
         # A signal may reach a point before it can heed one.
         stopped = status < 0 and self._asked_to_stop() is not None
         if stopped or (status == TRY_AGAIN and self._was_preempted(index, pid)):
-            self._preempted = f"{name} was asked to stop"
+            if not stopped:
+                known = self._record(index)["preempted"]
+                why = f"{name} was asked to stop, {known['reason'].partition(';')[0]}"
+                self._stop = Step(stop=why, requeues=known["requeues"])
             self._open.appendleft(index)
         elif status == TRY_AGAIN and self._refusals[index] < MOST_REFUSALS:
             self._refusals[index] += 1
@@ -171,7 +183,8 @@ class Agenda:
         """Tell a point that was asked to stop from one that another process took."""
         record = self._record(index)
         writer = {"host": platform.node(), "pid": pid}
-        return record.get("status") == "preempted" and record.get("process") == writer
+        preempted = record.get("status") == "preempted" and "preempted" in record
+        return preempted and record.get("process") == writer
 
     def _progress(self) -> str:
         done = sum(finished_record(point.config) is not None for point in self._points)

@@ -60,7 +60,6 @@ class _Requests:
     """What was asked of this process. There is one, as there is one table of signal handlers."""
 
     reason: Reason | None = None
-    signal: int = signal.SIGTERM
     deferred: bool = False
     raised: bool = False
     time_is_up: bool = False
@@ -103,11 +102,6 @@ def requested() -> Reason | None:
     return _requests.reason
 
 
-def last_signal() -> int:
-    """Return the signal that asked, for passing it on to a child."""
-    return _requests.signal
-
-
 def stop(reason: Reason, step: int) -> PreemptedError:
     """Make the error that training raises once the checkpoint of a step is on the disk."""
     leave_in_peace()
@@ -146,8 +140,6 @@ def _on_signal(number: int, _: FrameType | None) -> None:
     reason = SIGNALS[signal.Signals(number)]
     if reason is Reason.SIGUSR2 and _requests.time_is_up:
         reason = Reason.TIME_LIMIT
-    if _requests.reason is None:
-        _requests.signal = number
     _requests.reason = max(reason, _requests.reason or reason)
     if not (_requests.deferred or _requests.raised):
         _raise(_requests.reason)

@@ -173,6 +173,8 @@ class RunRecord:
 
     def keep(self, step: int, fill: Callable[[Path], None]) -> None:
         """Write the checkpoint of a step: what ``fill`` writes, and what the record knows."""
+        if not self._may_write():
+            return
         metrics = self.folder / METRICS
         metrics.touch()
         sync(metrics)
@@ -301,6 +303,8 @@ class RunRecord:
         asked = ending.status in (TRY_AGAIN, INTERRUPTED)
         facts |= {"status": "preempted" if asked else "failed", "ended": now()}
         write_atomically(self.folder / "run.json", json.dumps(facts, indent=1) + "\n")
+        if self._lease is not None:
+            self._lease.release()
 
     def _close(self, status: str) -> None:
         self._book()

@@ -46,10 +46,10 @@ __all__ = [
     "describe_export",
     "evaluate",
     "export",
-    "find_checkpoint",
     "initialise",
     "load",
     "make_plan",
+    "open_record",
     "rehearse_export",
     "report_done",
     "report_finished",
@@ -70,7 +70,12 @@ def make_plan(config: Config) -> Plan:
     return plan
 
 
-def find_checkpoint(config: Config, plan: Plan, record: RunRecord) -> Checkpoint | None:
+def open_record(config: Config, plan: Plan, record: RunRecord) -> RunRecord:
+    """Open the run folder, as new or as the newest checkpoint of an earlier attempt left it."""
+    return record.open(_find_checkpoint(config, plan, record))
+
+
+def _find_checkpoint(config: Config, plan: Plan, record: RunRecord) -> Checkpoint | None:
     """Return what an earlier attempt left to go on from, if it is one of the same run."""
     if plan.schedule is None:
         return None

@@ -16,6 +16,7 @@ from lora_one.harness.exit_status import BAD_INPUT, DONE, INTERRUPTED, TRY_AGAIN
 from lora_one.harness.folder import run_id
 from lora_one.harness.lease import TOKEN_VARIABLE
 from lora_one.harness.peers import gather, on_end, share
+from lora_one.harness.preemption import SIGNALS, Reason
 from lora_one.harness.ranks import environment_of_point, is_main
 from lora_one.harness.sweep_files import SweepFiles
 
@@ -66,7 +67,7 @@ def _work_off(
     while True:
         step = Step(*share(None if agenda is None else agenda.next()))
         if step.stop is not None:
-            raise PreemptedError(step.stop)
+            raise PreemptedError(step.stop, requeues=step.requeues)
         if step.point is None:
             return
         point = points[step.point]
@@ -95,15 +96,13 @@ class Messenger:
     A scheduler may tell this process only, and it is the point that has something to save.
     """
 
-    SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
-
     def __init__(self) -> None:
         self._received: signal.Signals | None = None
         self._process: subprocess.Popen[bytes] | None = None
         self._passed_on = False
 
     def __enter__(self) -> Self:
-        self._before = {number: signal.signal(number, self._receive) for number in self.SIGNALS}
+        self._before = {number: signal.signal(number, self._receive) for number in SIGNALS}
         return self
 
     def __exit__(
@@ -115,9 +114,9 @@ class Messenger:
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
-    def asked_to_stop(self) -> str | None:
+    def asked_to_stop(self) -> Reason | None:
         """Say which signal has come, if one has."""
-        return None if self._received is None else f"the sweep got {self._received.name}"
+        return None if self._received is None else SIGNALS[self._received]
 
     def wait(self, process: subprocess.Popen[bytes]) -> int:
         """Wait for a point to end and return its exit status.
