@@ -13,6 +13,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
@@ -32,8 +33,9 @@ class Child:
 
     def kill(self, number: int = signal.SIGKILL) -> None:
         """Send a signal; a child that is over is left alone."""
-        if self._number not in self._parent.statuses:
-            os.kill(self.pid, number)
+        if self.running():
+            with suppress(ProcessLookupError):  # it ended in between
+                os.kill(self.pid, number)
 
     def running(self) -> bool:
         """Tell whether it has not ended yet."""

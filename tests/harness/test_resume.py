@@ -48,16 +48,13 @@ def stop_after(monkeypatch):
 
 
 VARIANTS = {
-    "lora_one": ["model.gradient_checkpointing=true"],
+    "lora_one": ["model.gradient_checkpointing=true", "peft=all_w_emb"],
     "offset and preconditioner": ["init=lora_ga", "optimizer=preconditioned_adamw"],
     "dora and pissa": ["peft=dora", "init=pissa"],
     "full fine-tuning": ["peft=full_ft", "init=lora"],
     "adalora": ["peft=adalora", "init=lora"],
     "lorafa": ["optimizer=lorafa", "init=lora"],
-    "bfloat16, embeddings, loraplus": [
-        *["model.bf16=true", "init.dtype=bf16"],
-        *["peft=all_w_emb", "optimizer=loraplus"],
-    ],
+    "bfloat16 and loraplus": ["model.bf16=true", "init.dtype=bf16", "optimizer=loraplus"],
 }
 
 
