@@ -25,6 +25,7 @@ from lora_one.errors import (
 from lora_one.harness import preemption, sweep
 from lora_one.harness.compose import Point, compose_config, composer, expand
 from lora_one.harness.config import Config
+from lora_one.harness.console import quiet_imports
 from lora_one.harness.exit_status import BAD_INPUT, DONE, FAILED, INTERRUPTED, TRY_AGAIN
 from lora_one.harness.peers import agree, together
 from lora_one.harness.published import translate
@@ -87,6 +88,7 @@ def launch_together(run: RunTogether, conf: Path, arguments: list[str] | None = 
 
 
 def _guarded(conf: Path, arguments: list[str], act: Act, *, advise: bool = True) -> int:
+    quiet_imports()
     try:
         identify()
         with preemption.listening():

@@ -1,5 +1,6 @@
 """What a person sees while a run goes on: plain lines and progress bars, from rank 0 only."""
 
+import logging
 import sys
 import warnings
 
@@ -22,6 +23,12 @@ def show_progress() -> bool:
 def make_console() -> Console:
     """Make the console for tables: as wide as the terminal, wide enough for a file."""
     return Console() if sys.stdout.isatty() else Console(width=160)
+
+
+def quiet_imports() -> None:
+    """Keep what libraries say while they are imported off the terminal; call it before."""
+    # On processors with AVX-512 bfloat16: that an optional kernel for 4-bit weights is missing.
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 
 def quiet_libraries() -> None:

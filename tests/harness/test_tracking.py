@@ -253,7 +253,7 @@ def test_sync_goes_online_where_it_can(config, server, monkeypatch):
 @pytest.mark.parametrize("health", ["silent", "sick"])
 def test_a_server_that_never_answers_costs_the_run_nothing(config, server, health, read, capsys):
     server.health = health
-    settings = config("wandb.timeout_seconds=12")
+    settings = config("wandb.timeout_seconds=16")
     record = RunRecord(settings)
     start = time.monotonic()
     tracker = start_tracking(settings, record.open())
