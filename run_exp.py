@@ -36,10 +36,9 @@ def run(config: Config) -> dict[str, Any]:
     lease = record.acquire()
     if lease is None:  # another process finished it while this one made its plan
         return stages.report_finished(record)
-    checkpoint = stages.find_checkpoint(config, plan, record)
     with (
         lease,
-        stages.tracking(config, record.open(checkpoint)) as tracker,
+        stages.tracking(config, stages.open_record(config, plan, record)) as tracker,
         record.closing(),
         watching(config.preemption.margin_seconds),
     ):
