@@ -6,9 +6,11 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import AdaLoraConfig, LoraConfig, PeftConfig, PeftModel, TaskType, get_peft_model
+from peft.utils import ModulesToSaveWrapper
 from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from safetensors import SafetensorError
 from torch import nn
@@ -356,7 +358,23 @@ def attach_adapter(model: PreTrainedModel, adapter: PeftConfig, seed: int, dtype
             # What is trained beside the factors (embeddings, magnitudes) is kept in float32.
             target = DTYPES[dtype] if "lora_A" in name or "lora_B" in name else torch.float32
             parameter.data = parameter.data.to(target)
+    for module in wrapped.modules():
+        if isinstance(module, ModulesToSaveWrapper):
+            for trained in module.modules_to_save.values():
+                _meet_dtypes(trained, model.dtype)
     return wrapped
+
+
+def _meet_dtypes(trained: nn.Module, base: torch.dtype) -> None:
+    """Let a module that is trained in float32 stand in a base of another dtype."""
+
+    def widen(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+        dtype = next(module.parameters()).dtype
+        return tuple(x.to(dtype) if torch.is_floating_point(x) else x for x in inputs)
+
+    trained.register_forward_pre_hook(widen)
+    if isinstance(trained, nn.Embedding):  # a head's logits stay as they are
+        trained.register_forward_hook(lambda module, inputs, output: output.to(base))
 
 
 def target_shapes(model: PreTrainedModel, adapter: PeftConfig) -> dict[str, tuple[int, int]]:

@@ -273,7 +273,7 @@ def test_what_does_not_belong_to_the_run_is_refused_and_nothing_is_overwritten(
     refuses(config, "was written with base weights sha256:.*, and these are sha256:other")
     monkeypatch.undo()
 
-    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr("lora_one.harness.resume.world_size", lambda: 2)
     refuses(config, "was written by 1 ranks, and these are 2")
 
 
