@@ -55,9 +55,14 @@ def plan_steps(model: ModelConfig, rows: int) -> Schedule:
     ranks = world_size()
     per_pass = model.per_device_batch_size * ranks
     if model.real_batch_size % per_pass:
+        each, rest = divmod(model.real_batch_size, ranks)
+        fitting = f"model.per_device_batch_size={each} or a divisor of it"
+        if rest:
+            fitting = f"a model.real_batch_size that {ranks} ranks can share"
         raise InputError(
             f"model.real_batch_size={model.real_batch_size} is not a multiple of "
-            f"{model.per_device_batch_size} rows per device x {ranks} ranks = {per_pass}."
+            f"{model.per_device_batch_size} rows per device x {ranks} ranks = {per_pass}. Give "
+            f"{fitting}."
         )
     accumulation = model.real_batch_size // per_pass
     steps_per_epoch = math.ceil(math.ceil(rows / per_pass) / accumulation)

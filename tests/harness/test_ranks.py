@@ -310,7 +310,10 @@ def test_a_batch_that_the_ranks_cannot_share_is_said_once_and_leaves_nothing(ove
     command = [str(ROOT / "run_exp.py"), *overrides, "model.per_device_batch_size=8"]
     main, other = srun(command, 2)
     assert (main.status, other.status) == (2, 2)
-    error = "model.real_batch_size=8 is not a multiple of 8 rows per device x 2 ranks = 16.\n"
+    error = (
+        "model.real_batch_size=8 is not a multiple of 8 rows per device x 2 ranks = 16. Give "
+        "model.per_device_batch_size=4 or a divisor of it.\n"
+    )
     assert main.err.endswith(error)
     assert main.err.count("real_batch_size") == 1
     assert (main.out, other.out) == ("", "")
