@@ -1,0 +1,116 @@
+"""One look for every plot: colours that a colour-blind reader can tell apart, light and dark.
+
+The colours are those of Okabe and Ito (2008), https://jfly.uni-koeln.de/color/, darkened for lines
+on white and lightened for lines on near black, so that each has a contrast of at least 3 : 1 with
+its background. A method has one colour everywhere; an optimiser has a dash pattern and a marker as
+well, so that no plot depends on colour alone.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Theme:
+    """Colours of one background.
+
+    Attributes:
+        background: Of page and plot.
+        text: Letters and axes.
+        muted: Secondary text.
+        grid: Lines behind the data.
+        palette: Of the data, in the order of ``METHOD_ORDER``.
+    """
+
+    background: str
+    text: str
+    muted: str
+    grid: str
+    palette: tuple[str, ...]
+
+
+LIGHT = Theme(
+    background="#ffffff",
+    text="#1c2126",
+    muted="#5c6670",
+    grid="#e3e7eb",
+    palette=(
+        "#d55e00",
+        "#0072b2",
+        "#00805e",
+        "#b4528c",
+        "#a87400",
+        "#2f8cc4",
+        "#5c6670",
+        "#8a7d00",
+    ),
+)
+DARK = Theme(
+    background="#14181c",
+    text="#e8ebee",
+    muted="#9aa5b0",
+    grid="#2b3239",
+    palette=(
+        "#ff8a3d",
+        "#4ea8de",
+        "#2fc79a",
+        "#e08fc0",
+        "#e6b03a",
+        "#8fd0f5",
+        "#a9b3bd",
+        "#e8dc5a",
+    ),
+)
+# The methods of the paper always have the same colour; others take what is left, in order.
+METHOD_ORDER = ("lora_one", "lora", "pissa", "lora_ga")
+MARKERS = ("o", "s", "^", "D", "v", "P")
+DASHES: tuple[tuple[float, ...], ...] = ((), (6, 3), (2, 2), (8, 2, 2, 2), (4, 1, 1, 1, 1, 1))
+
+
+def colour_indices(methods: Sequence[str]) -> dict[str, int]:
+    """Return for each method its place in a palette.
+
+    More methods than colours share some: their markers and names still tell them apart.
+    """
+    others = [name for name in dict.fromkeys(methods) if name not in METHOD_ORDER]
+    known = {name: place for place, name in enumerate(METHOD_ORDER)}
+    free = len(LIGHT.palette) - len(METHOD_ORDER)
+    return known | {name: len(METHOD_ORDER) + at % free for at, name in enumerate(others)}
+
+
+def matplotlib_settings(theme: Theme = LIGHT) -> dict[str, Any]:
+    """Return what ``matplotlib.rc_context`` takes; the notebook uses the same."""
+    return {
+        "figure.facecolor": theme.background,
+        "axes.facecolor": theme.background,
+        "savefig.facecolor": theme.background,
+        "text.color": theme.text,
+        "axes.labelcolor": theme.text,
+        "axes.edgecolor": theme.muted,
+        "xtick.color": theme.muted,
+        "ytick.color": theme.muted,
+        "axes.grid": True,
+        "grid.color": theme.grid,
+        "grid.linewidth": 0.8,
+        "axes.axisbelow": True,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.titlesize": 11,
+        "axes.titleweight": "bold",
+        "axes.titlelocation": "left",
+        "axes.labelsize": 9.5,
+        "xtick.labelsize": 8.5,
+        "ytick.labelsize": 8.5,
+        "legend.fontsize": 8.5,
+        "legend.frameon": False,
+        "lines.linewidth": 1.6,
+        "lines.markersize": 5,
+        "font.family": "sans-serif",
+        "font.sans-serif": ["DejaVu Sans"],
+        "figure.dpi": 100,
+        "savefig.dpi": 160,
+        "svg.fonttype": "path",
+        # The same input gives the same file.
+        "svg.hashsalt": "lora-one",
+    }
