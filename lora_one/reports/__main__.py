@@ -1,25 +1,15 @@
-"""``python -m lora_one.reports <output_dir>``: the table of all runs in a folder."""
+"""``python -m lora_one.reports <output_dir>``: the table and the report of all runs in a folder."""
 
-import argparse
 import sys
-from pathlib import Path
+from collections.abc import Sequence
 
-from lora_one.reports.records import find_runs
-from lora_one.reports.table import render, summarise
+from lora_one.reports.command import report
 
 
-def main() -> int:
-    """Print the table; exit status 2 where there is no run."""
-    parser = argparse.ArgumentParser(prog="python -m lora_one.reports", description=main.__doc__)
-    parser.add_argument("output_dir", type=Path, help="the folder that holds the run folders")
-    arguments = parser.parse_args()
-    runs = find_runs(arguments.output_dir)
-    if not runs:
-        print(f"error: no run folder (with a run.json) in {arguments.output_dir}", file=sys.stderr)
-        return 2
-    render(summarise(runs))
-    return 0
+def main(arguments: Sequence[str]) -> int:
+    """Do what was asked for; exit status 2 where there is no run."""
+    return report(arguments)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))

@@ -79,6 +79,36 @@ def colour_indices(methods: Sequence[str]) -> dict[str, int]:
     return known | {name: len(METHOD_ORDER) + at % free for at, name in enumerate(others)}
 
 
+def css_variables() -> str:
+    """Return the themes as CSS: light, dark where the system or the reader says so."""
+    light = _variables(LIGHT) + (
+        "--raised:#ffffff;--edge:#d5dbe0;--hover:#f3f6f8;--hover-solid:#f3f6f8;--well:#f3f6f8;"
+        "--link:#005a94;--good:#00694d;--bad:#b3261e;--warn:#d9a400;--warn-text:#8a5a00;"
+        "color-scheme:light;"
+    )
+    dark = _variables(DARK) + (
+        "--raised:#1a1f24;--edge:#343c44;--hover:#222930;--hover-solid:#222930;--well:#12161a;"
+        "--link:#7cc0f0;--good:#4fd1a5;--bad:#ff8a80;--warn:#c99a1e;--warn-text:#e6b84d;"
+        "color-scheme:dark;"
+    )
+    return (
+        f":root{{{light}}}\n"
+        f':root[data-theme="dark"]{{{dark}}}\n'
+        f'@media (prefers-color-scheme: dark){{:root:not([data-theme="light"]){{{dark}}}}}\n'
+    )
+
+
+def _variables(theme: Theme) -> str:
+    named = {
+        "background": theme.background,
+        "text": theme.text,
+        "muted": theme.muted,
+        "grid": theme.grid,
+    }
+    named |= {f"series-{index}": colour for index, colour in enumerate(theme.palette)}
+    return "".join(f"--{name}:{colour};" for name, colour in named.items())
+
+
 def matplotlib_settings(theme: Theme = LIGHT) -> dict[str, Any]:
     """Return what ``matplotlib.rc_context`` takes; the notebook uses the same."""
     return {
