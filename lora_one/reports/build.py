@@ -10,7 +10,7 @@ from typing import Any
 
 from lora_one.reports.comparison import Block, compare
 from lora_one.reports.details import LEVELS, Detail, describe_run, read_init
-from lora_one.reports.figures import Evidence, Figure, make_figures, shown_runs, slug
+from lora_one.reports.figures import Evidence, make_figures, shown_runs, slug
 from lora_one.reports.groups import Group, group_runs
 from lora_one.reports.latex import to_latex
 from lora_one.reports.page import pack, render_page
@@ -34,6 +34,18 @@ from lora_one.reports.traces import Trace, read_trace
 
 # What a mail server takes and a phone opens. The page shows less of each run until it fits.
 PAGE_BYTES = 9_500_000
+GROUP_COLUMNS = (
+    "method",
+    "optimiser",
+    "lr",
+    "metric",
+    "n",
+    "mean",
+    "sd",
+    "validation loss mean",
+    "validation loss sd",
+    "first run",
+)
 
 
 @dataclass(frozen=True)
@@ -233,17 +245,23 @@ def _groups_csv(groups: Sequence[Group]) -> str:
     """One line per setting, mean, deviation and number in columns of their own."""
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
-    writer.writerow(
-        ["method", "optimiser", "lr", "metric", "n", "mean", "sd", "validation loss mean"]
-        + ["validation loss sd", "first run"]
-    )
+    writer.writerow(GROUP_COLUMNS)
     for group in groups:
         values = [value for value in group.values(group.primary_metric) if value is not None]
         losses = [value for value in group.validation_losses if value is not None]
         writer.writerow(
-            [group.method, group.optimiser, group.learning_rate, group.primary_metric, len(values)]
-            + [mean(values) if values else None, sd(values)]
-            + [mean(losses) if losses else None, sd(losses), group.runs[0].folder.name]
+            [
+                group.method,
+                group.optimiser,
+                group.learning_rate,
+                group.primary_metric,
+                len(values),
+                mean(values) if values else None,
+                sd(values),
+                mean(losses) if losses else None,
+                sd(losses),
+                group.runs[0].folder.name,
+            ]
         )
     return buffer.getvalue()
 

@@ -1,8 +1,8 @@
-"""Methods side by side: what was tried for each, which setting was chosen, which differences are real.
+"""Methods side by side: what was tried, what was chosen, which differences are real.
 
-A *block* holds what can be compared: the same test rows, model and metric. In a block, an *arm* is a
-method with an optimiser (and any other setting that varies and is not tuned); its settings are the
-points of its grid. Per arm one point is chosen by the lowest mean validation loss, so that the test
+A *block* holds what can be compared: the same test rows, model and metric. In a block, an *arm* is
+a method with an optimiser (and any other setting that varies and is not tuned); its settings are
+the points of its grid. Per arm one point is chosen by the lowest mean validation loss, so that the test
 metric chooses nothing; only where validation losses are missing does the metric itself choose, and
 then it is said.
 """

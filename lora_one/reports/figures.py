@@ -88,7 +88,7 @@ class Evidence:
 
 
 def shown_runs(blocks: Sequence[Block]) -> set[str]:
-    """Return the names of the runs whose curves are in the figures: the chosen point of each arm."""
+    """Return the names of the runs whose curves are drawn: the chosen point of each arm."""
     return {
         run.folder.name for block in blocks for row in block.rows for run in row.arm.chosen.runs
     }
@@ -266,8 +266,8 @@ def _against_rate(
     if not series:
         return None
     caption = (
-        "Line: mean over seeds; band: ± 1 sd; dots: single runs. Where other settings were tuned as "
-        "well, the one with the lowest validation loss stands for each rate."
+        "Line: mean over seeds; band: ± 1 sd; dots: single runs. Where other settings were tuned "
+        "as well, the one with the lowest validation loss stands for each rate."
     )
     return Figure(
         key,
@@ -323,7 +323,7 @@ def _differences(block: Block) -> Figure | None:
         "Point: mean difference over seeds; bar: 95 % interval. A bar that crosses 0 is a "
         "difference that cannot be told from noise.",
         tuple(series),
-        rows=tuple(f"{row.arm.name}: {row.verdict}" for row in judged),
+        rows=tuple(row.arm.name for row in judged),
     )
 
 
@@ -362,11 +362,11 @@ def _pareto(block: Block, key: str, x_label: str, cost: Callable[[Group], float]
     xs, ys = [x for x, _ in front], [y for _, y in front]
     series.append(Series("Pareto front", "", "", "front", xs, ys))
     # Where all is equal there is nothing to trade.
-    if len({x for x in costs.values()}) < 2:
+    if len(set(costs.values())) < 2:
         return None
     return Figure(
         key,
-        f"{block.metric[0].upper() + block.metric[1:]} against {x_label.partition(',')[0]}",
+        f"{block.metric[0].upper() + block.metric[1:]} against {key}",
         x_label,
         block.metric,
         "One point per setting, mean over seeds; large: the chosen setting of each method and "
@@ -394,7 +394,7 @@ def _describe(group: Group) -> str:
 
 
 def spectrum(layer: Mapping[str, Any]) -> list[float]:
-    """Return a layer's singular values with the largest one left out, over the first; or nothing."""
+    """Return a layer's singular values and the next one, over the first; or nothing."""
     values = layer.get("singular_values") or []
     following = layer.get("next_singular_value")
     values = [*values, *([] if following is None else [following])]

@@ -34,7 +34,7 @@ def escape(text: str) -> str:
 
 
 def to_latex(results: Results, *, caption: str, label: str) -> str:
-    """Return a ``table`` environment; the preamble needs ``\\usepackage{booktabs}``.
+    r"""Return a ``table`` environment; the preamble needs ``\usepackage{booktabs}``.
 
     Args:
         results: Columns and rows of text; the first two columns are left-aligned.

@@ -57,7 +57,7 @@ def render_page(title: str, data: dict[str, Any], details: Iterable[str]) -> str
 <a class="skip" href="#main">Skip to the results</a>
 <header id="head"></header>
 <main id="main" tabindex="-1"></main>
-<noscript><p class="note">This page needs JavaScript. The same tables are in report.md.</p></noscript>
+<noscript><p>This page needs JavaScript. The same tables are in report.md.</p></noscript>
 <script type="application/json" id="data">{embed(data)}</script>
 <script>{script}</script>
 {blocks}

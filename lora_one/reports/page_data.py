@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from lora_one.reports.comparison import Arm, Block, Row, mean_of
+from lora_one.reports.comparison import LEARNING_RATE, Arm, Block, Row, mean_of
 from lora_one.reports.figures import Figure, to_json
 from lora_one.reports.groups import Group
 from lora_one.reports.published import Number, as_printed, matching
@@ -11,6 +11,14 @@ from lora_one.reports.records import Run, is_trained
 from lora_one.reports.statistics import RULE, mean, sd
 from lora_one.reports.style import DARK, DASHES, LIGHT, colour_indices
 from lora_one.reports.table import Results, reason
+
+# Names of tuned settings where there is little room.
+SHORT = {
+    LEARNING_RATE: "lr",
+    "init.stable_gamma": "gamma",
+    "optimizer.damping": "damping",
+    "optimizer.lr_ratio": "lr ratio",
+}
 
 
 def overview(
@@ -152,8 +160,12 @@ def _row(row: Row, block: Block, numbers: Sequence[Number]) -> dict[str, Any]:
 def chosen_words(arm: Arm) -> str:
     """Say which point of its grid an arm stands at."""
     settings = arm.chosen.settings
-    tuned = [f"{key.rpartition('.')[2]} {settings.get(key)}" for key in arm.grid if key in settings]
-    return ", ".join(tuned) or "not tuned"
+    parts = [
+        f"{SHORT[key]} {settings[key]:g}"
+        for key, values in arm.grid.items()
+        if key == LEARNING_RATE or len(values) > 1
+    ]
+    return ", ".join(parts) or "-"
 
 
 def describe_number(number: Number) -> dict[str, Any]:

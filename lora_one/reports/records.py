@@ -1,4 +1,4 @@
-"""Read run folders: ``run.json`` and ``config.yaml``. Anything wrong with one is said, not raised."""
+"""Read run folders: ``run.json`` and ``config.yaml``; what is wrong is said, not raised."""
 
 import json
 import re

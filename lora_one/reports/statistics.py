@@ -26,9 +26,9 @@ RESAMPLES = 10_000
 RULE = (
     "The difference to the best row is taken per seed. It counts as real where its 95 % interval "
     "excludes 0; the interval is the wider of a paired bootstrap (10,000 resamples of the seeds) "
-    "and Student's t, because a bootstrap of few seeds is too narrow. ≈ marks rows that cannot be "
-    "told from the best by this rule. Test rows are the same for all, so the intervals say nothing "
-    "about other test rows."
+    "and Student's t, because a bootstrap of few seeds is too narrow; below six seeds it rests on "
+    "the differences being normal. ≈ marks rows that cannot be told from the best by this rule. "
+    "Test rows are the same for all, so the intervals say nothing about other test rows."
 )
 
 Interval = tuple[float, float]
@@ -141,7 +141,5 @@ def verdict(difference: Difference, *, higher_is_better: bool = True) -> str:
     if difference.n == 1:
         return "not judged: one seed in common, no spread"
     if not difference.is_real:
-        few = f", with {difference.n} seeds" if difference.n < 5 else ""
-        return f"cannot be told from noise{few}"
-    few = f" ({difference.n} seeds, if their differences are normal)" if difference.n < 6 else ""
-    return ("better" if (difference.mean > 0) == higher_is_better else "worse") + few
+        return "cannot be told from noise"
+    return "better" if (difference.mean > 0) == higher_is_better else "worse"

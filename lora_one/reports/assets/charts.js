@@ -180,7 +180,7 @@ class Chart {
       group.append(svg("path", { d: `M${left},${y}h${inner.w}`, class: "grid" }),
         svg("text", { x: left - 7, y: y + 4, "text-anchor": "end" }, tickText(value)));
     }
-    const wanted = Math.max(2, Math.floor(inner.w / 90));
+    const wanted = Math.max(3, Math.floor(inner.w / 80));
     for (const value of ticks(...ranges.x, this.figure.xLog, wanted)) {
       const x = this.x(value);
       group.append(svg("path", { d: `M${x},${top + inner.h}v5`, class: "tick" }),

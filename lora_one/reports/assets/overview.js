@@ -46,7 +46,7 @@ class Overview {
     const judged = block.rows.filter((row) => row.interval);
     const reach = Math.max(1e-12, ...judged.flatMap((row) => row.interval.map(Math.abs)));
     const published = block.rows.some((row) => row.published.length);
-    const heads = ["method · optimiser", block.metric, "difference to the best", "verdict", "chosen",
+    const heads = ["method · optimiser", block.metric, "difference to the best", "verdict", "chosen setting",
       "tried", "seeds", "validation loss", "start", "training", "all trials", "memory",
       ...(published ? ["published"] : [])];
     const numeric = new Set([block.metric, "tried", "seeds", "validation loss", "start", "training",
@@ -164,7 +164,7 @@ class Overview {
       "memory GB": (value) => (value === null ? "–" : value.toFixed(2)),
     };
     this.table = new SortedTable(columns.map((name) => ({
-      name, numeric: !textual.has(name), show: shows[name] || fixed })), rows,
+      name, numeric: !textual.has(name), show: shows[name] || (textual.has(name) ? null : fixed) })), rows,
     { label: "All runs", rowHeader: true, rowClass: (row) => (row[1] === "finished" ? null : "off") });
     this.list = el("section", { "aria-labelledby": "runs", id: "all-runs" },
       el("h2", { id: "runs" }, "Runs"),

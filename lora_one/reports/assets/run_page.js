@@ -41,7 +41,7 @@ class RunPage {
       ["Cost", Object.entries(phases).map(([key, value]) => [key, phase(value)])
         .concat(flat(facts.train || {}, "").map(([key, value]) => [key, number(value)]))],
       ["Provenance", flat({ ...facts.provenance, started: facts.started, ended: facts.ended }, "")
-        .map(([key, value]) => [key, shown(value)])],
+        .map(([key, value]) => [key, brief(value)])],
     ];
     return el("section", { class: "facts", "aria-label": "Facts" },
       facts.command ? el("pre", { class: "command" }, facts.command) : null,
@@ -61,8 +61,9 @@ class RunPage {
         ? `${curve.points.toLocaleString("en")} logged values as ${curve.x.length} means; the band ` +
           "keeps the smallest and the largest value of each, so no spike is lost."
         : `All ${curve.points.toLocaleString("en")} logged values.`;
+      const [low, high] = [Math.min(...curve.y), Math.max(...curve.y)];
       return this.chart({ title, xLabel, yLabel, caption, series: [series(curve, title)],
-        xLog: false, yLog: false });
+        xLog: false, yLog: yLabel.includes("loss") && low > 0 && high > 12 * low });
     };
     const turned = Object.entries(angles).map(([side, layers]) => this.chart({
       title: `Principal angle of ${side}`, xLabel: "step", yLabel: "largest angle, degrees",
@@ -154,6 +155,11 @@ class RunPage {
         el("pre", {}, JSON.stringify(this.run.facts, null, 1))));
   }
 }
+
+// A commit is known by its first letters; a time needs no zone where all are UTC.
+const brief = (value) => (typeof value !== "string" ? shown(value)
+  : /^[0-9a-f]{40}$/.test(value) ? value.slice(0, 12)
+    : value.replace(/^(\d{4}-\d\d-\d\d)T(\d\d:\d\d:\d\d).*$/, "$1 $2"));
 
 const phase = (value) => (value && typeof value === "object"
   ? `${seconds(value.seconds)}, ${((value.peak_memory_bytes || 0) / 1e9).toFixed(2)} GB` : shown(value));
