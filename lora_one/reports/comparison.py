@@ -2,9 +2,9 @@
 
 A *block* holds what can be compared: the same test rows, model and metric. In a block, an *arm* is
 a method with an optimiser (and any other setting that varies and is not tuned); its settings are
-the points of its grid. Per arm one point is chosen by the lowest mean validation loss, so that the test
-metric chooses nothing; only where validation losses are missing does the metric itself choose, and
-then it is said.
+the points of its grid. Per arm one point is chosen by the lowest mean validation loss, so that the
+test metric chooses nothing; only where validation losses are missing does the metric itself
+choose, and then it is said.
 """
 
 from collections.abc import Sequence

@@ -97,7 +97,7 @@ class RunPage {
       init.summary ? el("p", {}, init.summary) : null,
       (init.warnings || []).map((warning) => el("p", { class: "note" }, warning)),
       el("dl", { class: "wide" }, facts.map((key) => [el("dt", {}, key.replaceAll("_", " ")),
-        el("dd", {}, typeof init[key] === "number" ? number(init[key]) : String(init[key]))])),
+        el("dd", {}, typeof init[key] === "number" ? number(init[key]) : String(init[key]).replaceAll("``", ""))])),
       spectra.length ? this.chart({ title: `Singular values of the ${decomposed}, per layer`,
         xLabel: "index", yLabel: "singular value", xLog: false, yLog: true,
         caption: "One line per layer; the last value is the largest one left out.",
@@ -106,14 +106,14 @@ class RunPage {
           return { name: layer.name.slice(short.length), method: init.method, optimiser: "",
             kind: "line", faint: true, x: y.map((_, at) => at + 1), y };
         }) }) : null,
-      layers.length ? el("details", { open: layers.length <= 40 },
+      layers.length ? el("details", {},
         el("summary", {}, `${plural(layers.length, "layer")}` +
           (layersInAll > layers.length ? ` of ${layersInAll}; the others are in init.json` : "")),
         new SortedTable([
           { name: "layer" }, { name: "shape" }, { name: "rank", numeric: true },
-          { name: "captured energy", numeric: true, show: number },
-          { name: "‖sBA‖ / ‖W‖", numeric: true, show: number },
-          { name: "σ₁", numeric: true, show: number }, { name: "σ left out", numeric: true, show: number },
+          { name: "captured energy", numeric: true, show: plain },
+          { name: "‖sBA‖ / ‖W‖", numeric: true, show: plain },
+          { name: "σ₁", numeric: true, show: plain }, { name: "σ left out", numeric: true, show: plain },
         ], layers.map((layer) => [layer.name.slice(short.length), (layer.shape || []).join(" × "),
           layer.rank, layer.captured_energy ?? null, layer.norm_ratio ?? null,
           layer.singular_values[0] ?? null, layer.next_singular_value ?? null]),
@@ -156,6 +156,7 @@ class RunPage {
   }
 }
 
+const plain = (value) => number(value);
 // A commit is known by its first letters; a time needs no zone where all are UTC.
 const brief = (value) => (typeof value !== "string" ? shown(value)
   : /^[0-9a-f]{40}$/.test(value) ? value.slice(0, 12)
