@@ -3,7 +3,8 @@
     python scripts/benchmark_reports.py --runs 1000 --steps 2000
 
 writes synthetic folders (made-up losses and scores, the files of a real run), builds the report
-from them and prints a table for ``docs/benchmarks.md``. The browser is left out where there is none.
+from them and prints a table for ``docs/benchmarks.md``. Where there is
+no browser, its time is left out.
 """
 
 import argparse

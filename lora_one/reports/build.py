@@ -100,7 +100,7 @@ def build_report(
     texts = {"runs.csv": _runs_csv(runs), "groups.csv": _groups_csv(groups)}
     for name, table in tables.items():
         texts[f"{name}.csv"] = to_csv(table)
-        texts[f"{name}.md"] = to_markdown(table)
+        texts[f"{name}.md"] = to_markdown(table) if table is results else _with_notes(table)
         texts[f"{name}.tex"] = to_latex(table, caption=f"{title}: {name}", label=f"tab:{name}")
     plots: list[Path] = []
     for block, drawn in zip(blocks, figures, strict=True):
@@ -210,9 +210,7 @@ def _markdown(
         "Each method and optimiser at the setting with the lowest mean validation loss of those "
         f"tried. {RULE}",
         "",
-        to_markdown(Results(comparison.columns, comparison.rows, [], comparison.marks)),
-        *(f"- {plain_markdown(note)}" for note in comparison.notes),
-        "",
+        _with_notes(comparison),
         "## Settings",
         "",
         "Mean ± standard deviation (n - 1) over seeds; the best in bold.",
@@ -220,17 +218,18 @@ def _markdown(
         to_markdown(settings),
     ]
     if "paper" in tables:
-        paper = tables["paper"]
-        lines += [
-            "## Beside the published table",
-            "",
-            to_markdown(Results(paper.columns, paper.rows, [])),
-        ]
-        lines += [f"- {plain_markdown(note)}" for note in paper.notes] + [""]
+        lines += ["## Beside the published table", "", _with_notes(tables["paper"])]
     shown = [file for file in plots if file.suffix == ".svg"]
     if shown:
         lines += ["## Plots", "", *(f"![{file.stem}]({file.name})\n" for file in shown)]
     return "\n".join(lines).rstrip() + "\n"
+
+
+def _with_notes(table: Results) -> str:
+    """Return a table as Markdown, its notes as a list: they are about the rows that are there."""
+    bare = Results(table.columns, table.rows, [], table.marks)
+    notes = "".join(f"- {plain_markdown(note)}\n" for note in table.notes)
+    return f"{to_markdown(bare)}\n{notes}".rstrip() + "\n"
 
 
 def _runs_csv(runs: Sequence[Run]) -> str:

@@ -26,8 +26,8 @@ def test_one_value_has_no_deviation():
 
 
 def test_the_bootstrap_of_three_numbers_ends_at_the_smallest_and_the_largest():
-    # The 27 equally likely means of draws from {1, 2, 3}: 1 and 3 have a probability of 1/27 = 3.7 %
-    # each, more than the 2.5 % that the interval leaves out on either side.
+    # The 27 equally likely means of draws from {1, 2, 3}: 1 and 3 have a probability of 1/27 =
+    # 3.7 % each, more than the 2.5 % that the interval leaves out on either side.
     assert bootstrap_interval([1.0, 2.0, 3.0]) == (1.0, 3.0)
 
 
@@ -84,7 +84,7 @@ def test_pairing_finds_what_the_spread_over_seeds_hides():
     [((), "not judged: no seed in common"), ((0,), "not judged: one seed in common, no spread")],
 )
 def test_too_few_pairs_are_not_judged(seeds, words):
-    difference = paired_difference({seed: 0.5 for seed in seeds}, {0: 0.4})
+    difference = paired_difference(dict.fromkeys(seeds, 0.5), {0: 0.4})
     assert difference.interval is None
     assert difference.is_real is None
     assert verdict(difference) == words
