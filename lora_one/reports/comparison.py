@@ -211,17 +211,22 @@ def _warnings(arms: list[Arm], metric: str) -> list[str]:
     if len(set(tried.values())) > 1:
         counts = ", ".join(f"{name}: {count}" for name, count in tried.items())
         warnings.append(f"unequal tuning budgets (settings tried): {counts}")
-    for arm in arms:
-        warnings += [
-            f"{arm.name}: the chosen {key.rpartition('.')[2]} {arm.chosen.settings[key]:g} lies at "
-            "the edge of its grid; a better one may lie outside"
-            for key in arm.at_edge
-        ]
-        if len(arm.groups) > 1 and arm.chosen_by == metric:
-            warnings.append(
-                f"{arm.name}: chosen by {metric} on the test rows themselves, which flatters it "
-                "(no validation loss)"
-            )
+    edges = [
+        f"{arm.name} ({key.rpartition('.')[2]} {arm.chosen.settings[key]:g})"
+        for arm in arms
+        for key in arm.at_edge
+    ]
+    if edges:
+        warnings.append(
+            "chosen at the edge of the grid that was tried, so that a better one may lie outside: "
+            + ", ".join(edges)
+        )
+    flattered = [arm.name for arm in arms if len(arm.groups) > 1 and arm.chosen_by == metric]
+    if flattered:
+        warnings.append(
+            f"chosen by {metric} on the test rows themselves, which flatters (there is no "
+            f"validation loss): {', '.join(flattered)}"
+        )
     if len(arms) > 2:
         warnings.append(
             f"the best of {len(arms)} rows is partly the luckiest: its lead over the others is "

@@ -43,8 +43,8 @@ def test_a_rate_at_the_edge_of_its_grid_is_warned_of(tmp_path, write_run):
     write_run(tmp_path, "b", rate=2e-3, loss=0.5)
     _, block = rows_of(tmp_path)
     assert block.warnings == (
-        "lora · adamw: the chosen learning_rate 0.002 lies at the edge of its grid; a better one "
-        "may lie outside",
+        "chosen at the edge of the grid that was tried, so that a better one may lie outside: "
+        "lora · adamw (learning_rate 0.002)",
     )
 
 

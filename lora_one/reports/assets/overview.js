@@ -43,8 +43,8 @@ class Overview {
   }
 
   comparison(block) {
-    const judged = block.rows.filter((row) => row.interval);
-    const reach = Math.max(1e-12, ...judged.flatMap((row) => row.interval.map(Math.abs)));
+    const ends = block.rows.flatMap((row) => row.interval || []);
+    const reach = [Math.min(0, ...ends), Math.max(1e-12, ...ends)];
     const published = block.rows.some((row) => row.published.length);
     const heads = ["method · optimiser", block.metric, "difference to the best", "verdict", "chosen setting",
       "tried", "seeds", "validation loss", "start", "training", "all trials", "memory",
@@ -96,15 +96,15 @@ class Overview {
   whisker(row, reach, block) {
     if (row.difference === null) return row.isBest ? el("span", { class: "quiet" }, "reference") : "–";
     if (!row.interval) return signed(row.difference);
-    const [width, middle] = [140, 70];
-    const x = (value) => middle + (value / reach) * (middle - 6);
+    const width = 120;
+    const x = (value) => 6 + ((value - reach[0]) / (reach[1] - reach[0])) * (width - 12);
     const colour = this.report.colour(row.method);
     const words = `${signed(row.difference)}, 95 % interval ${signed(row.interval[0])} to ` +
       `${signed(row.interval[1])}, ${plural(row.pairs, "pair")}; bootstrap alone ` +
       `${signed(row.bootstrap[0])} to ${signed(row.bootstrap[1])}`;
     return el("span", { class: "whisker", title: words },
       svg("svg", { width, height: 18, viewBox: `0 0 ${width} 18`, role: "img", "aria-label": words },
-        svg("path", { d: `M${middle},1V17`, class: "zero" }),
+        svg("path", { d: `M${x(0)},1V17`, class: "zero" }),
         svg("path", { d: `M${x(row.interval[0])},9H${x(row.interval[1])}`, stroke: colour,
           "stroke-width": 2.5 }),
         svg("circle", { cx: x(row.difference), cy: 9, r: 4, fill: colour })),
