@@ -9,7 +9,7 @@ from typing import Any
 
 from lora_one.reports.figures import rounded
 from lora_one.reports.records import Run
-from lora_one.reports.traces import Curve, Trace, curve
+from lora_one.reports.traces import Curve, Points, Trace, curve
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,8 @@ def describe_run(
         "loss": _curve(curve([trace.loss], detail.buckets)),
         "validation": _curve(curve([trace.validation], detail.buckets)),
         "metric": _curve(curve([trace.metric], detail.buckets)),
-        "angles": _angles(trace, detail),
+        "angles": {side: _layers(layers, detail) for side, layers in trace.angles.items()},
+        "norms": _layers(trace.update_norms, detail),
         "log": {"lines": trace.lines, "skipped": trace.skipped, "notFinite": trace.not_finite},
         "replies": sample_replies(run.folder, detail),
     }
@@ -186,14 +187,9 @@ def _layer(layer: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _angles(trace: Trace, detail: Detail) -> dict[str, dict[str, Any]]:
-    return {
-        side: {
-            layer: _curve(curve([points], detail.buckets))
-            for layer, points in islice(layers.items(), detail.layers)
-        }
-        for side, layers in trace.angles.items()
-    }
+def _layers(layers: Mapping[str, Points], detail: Detail) -> dict[str, Any]:
+    shown = islice(layers.items(), detail.layers)
+    return {layer: _curve(curve([points], detail.buckets)) for layer, points in shown}
 
 
 def _curve(drawn: Curve) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from lora_one.reports.comparison import LEARNING_RATE, Arm, Block, mean_of
 from lora_one.reports.groups import Group
 from lora_one.reports.records import Run
 from lora_one.reports.statistics import mean, sd
-from lora_one.reports.traces import Curve, Trace, curve, median_over_layers
+from lora_one.reports.traces import Curve, Points, Trace, curve, median_over_layers
 
 BUCKETS = 200
 DIGITS = 5
@@ -111,6 +111,7 @@ def make_figures(block: Block, evidence: Evidence) -> list[Figure]:
         _spectra(arms, evidence),
         _angles(arms, evidence, "B"),
         _angles(arms, evidence, "A"),
+        _norms(arms, evidence),
     ]
     return [figure for figure in candidates if figure is not None]
 
@@ -194,7 +195,11 @@ def _training_loss(arms: Sequence[Arm], evidence: Evidence) -> Figure | None:
 
 
 def _by_epoch(
-    arms: Sequence[Arm], evidence: Evidence, key: str, title: str, points_of: Callable[[Trace], Any]
+    arms: Sequence[Arm],
+    evidence: Evidence,
+    key: str,
+    title: str,
+    points_of: Callable[[Trace], Points],
 ) -> Figure | None:
     series, seeds = [], 0
     for arm in arms:
@@ -443,28 +448,26 @@ def _spectra_of(run: Run, evidence: Evidence) -> list[list[float]]:
     return [row for layer in layers if isinstance(layer, dict) and (row := spectrum(layer))]
 
 
-def _angles(arms: Sequence[Arm], evidence: Evidence, side: str) -> Figure | None:
+def _over_layers(
+    arms: Sequence[Arm], evidence: Evidence, layers_of: Callable[[Trace], dict[str, Points]]
+) -> tuple[Series, ...]:
+    """One line per arm: the median over layers and seeds of what was logged per layer."""
     series = []
     for arm in arms:
-        layers = [
-            trace.angles[side] for trace in _traces(arm.chosen, evidence) if side in trace.angles
-        ]
-        if not layers:
+        logged = [layers for trace in _traces(arm.chosen, evidence) if (layers := layers_of(trace))]
+        if not logged:
             continue
-        merged = {f"{at}/{name}": p for at, one in enumerate(layers) for name, p in one.items()}
+        merged = {f"{at}/{name}": p for at, one in enumerate(logged) for name, p in one.items()}
         steps, middle, low, high = (values.tolist() for values in median_over_layers(merged))
+        chosen = arm.chosen
         series.append(
-            Series(
-                arm.name,
-                arm.chosen.method,
-                arm.chosen.optimiser,
-                "line",
-                steps,
-                middle,
-                low,
-                high,
-            )
+            Series(arm.name, chosen.method, chosen.optimiser, "line", steps, middle, low, high)
         )
+    return tuple(series)
+
+
+def _angles(arms: Sequence[Arm], evidence: Evidence, side: str) -> Figure | None:
+    series = _over_layers(arms, evidence, lambda trace: trace.angles.get(side, {}))
     if not series:
         return None
     factor = "lora_B's columns and the left" if side == "B" else "lora_A's rows and the right"
@@ -475,5 +478,20 @@ def _angles(arms: Sequence[Arm], evidence: Evidence, side: str) -> Figure | None
         "largest angle, degrees",
         f"Between {factor} singular space of the one-step gradient. Line: median over layers and "
         "seeds; band: smallest to largest.",
-        tuple(series),
+        series,
+    )
+
+
+def _norms(arms: Sequence[Arm], evidence: Evidence) -> Figure | None:
+    series = _over_layers(arms, evidence, lambda trace: trace.update_norms)
+    if not series:
+        return None
+    return Figure(
+        "update-norm",
+        "Norm of the update",
+        "step",
+        "Frobenius norm",
+        "Of s (B A - B0 A0) where the start is offset, else of s B A. Line: median over layers and "
+        "seeds; band: smallest to largest.",
+        series,
     )

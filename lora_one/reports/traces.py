@@ -231,11 +231,8 @@ def median_over_layers(layers: dict[str, Points]) -> tuple[Floats, Floats, Float
     """Return steps, and per step the median, smallest and largest value over all layers."""
     x = np.concatenate([points.x for points in layers.values()])
     y = np.concatenate([points.y for points in layers.values()])
-    steps = np.unique(x)
-    values = [y[x == step] for step in steps]
-    return (
-        steps,
-        np.array([np.median(value) for value in values]),
-        np.array([value.min() for value in values]),
-        np.array([value.max() for value in values]),
-    )
+    steps, starts = np.unique(x[order := np.argsort(x, kind="stable")], return_index=True)
+    parts = np.split(y[order], starts[1:])
+    statistics = [(np.median(part), part.min(), part.max()) for part in parts]
+    middle, low, high = np.array(statistics).T
+    return steps, middle, low, high

@@ -38,6 +38,7 @@ def folder(tmp_path_factory, write_run):
             log.append({"step": 40, "epoch": 1.0, "validation_loss": 0.4})
             log.append({"step": 20, "principal_angle_B/layer.0": 40.0 + seed})
             log.append({"step": 40, "principal_angle_B/layer.0": 30.0 + seed})
+            log.append({"step": 40, "update_norm/layer.0": 0.2})
             layer = {
                 "name": "layer.0",
                 "shape": [8, 8],
@@ -149,6 +150,7 @@ def test_every_plot_is_a_png_and_an_svg(report):
         "time",
         "spectra",
         "angles-b",
+        "update-norm",
     }
     for name in names:
         with Image.open(report.folder / f"{name}.png") as image:

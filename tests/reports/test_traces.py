@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from lora_one.reports.details import LEVELS, Detail, sample_replies
-from lora_one.reports.traces import Points, curve, read_trace
+from lora_one.reports.traces import Points, curve, median_over_layers, read_trace
 
 
 def points(x, y):
@@ -69,6 +69,19 @@ def test_torn_lines_and_losses_that_are_no_numbers_are_counted(tmp_path):
     trace = read_trace(tmp_path, "accuracy")
     assert trace.loss.y.tolist() == [2.0]
     assert (trace.lines, trace.skipped, trace.not_finite) == (2, 2, 1)
+
+
+def test_layers_are_joined_step_by_step():
+    layers = {
+        "a": points([10, 20], [1.0, 4.0]),
+        "b": points([20, 10], [6.0, 3.0]),
+        "c": points([10], [8.0]),
+    }
+    steps, middle, low, high = median_over_layers(layers)
+    assert steps.tolist() == [10, 20]
+    assert middle.tolist() == [3.0, 5.0]
+    assert low.tolist() == [1.0, 4.0]
+    assert high.tolist() == [8.0, 6.0]
 
 
 def test_a_missing_log_is_empty(tmp_path):

@@ -52,7 +52,7 @@ class RunPage {
   }
 
   curves() {
-    const { loss, validation, metric, angles, log } = this.run;
+    const { loss, validation, metric, angles, norms, log } = this.run;
     const method = this.run.facts.method || "";
     const series = (curve, name) => ({ name, method, optimiser: "", kind: "line", ...curve });
     const one = (title, xLabel, yLabel, curve) => {
@@ -65,14 +65,18 @@ class RunPage {
       return this.chart({ title, xLabel, yLabel, caption, series: [series(curve, title)],
         xLog: false, yLog: yLabel.includes("loss") && low > 0 && high > 12 * low });
     };
-    const turned = Object.entries(angles).map(([side, layers]) => this.chart({
-      title: `Principal angle of ${side}`, xLabel: "step", yLabel: "largest angle, degrees",
-      caption: "Between the factor and the one-step gradient's singular space, per layer.",
-      series: Object.entries(layers).map(([layer, curve]) => ({ ...series(curve, layer), faint: true })),
-      xLog: false, yLog: false }));
+    const perLayer = (title, yLabel, caption, layers) => (Object.keys(layers).length
+      ? this.chart({ title, xLabel: "step", yLabel, caption, xLog: false, yLog: false,
+        series: Object.entries(layers).map(([layer, curve]) =>
+          ({ ...series(curve, layer), faint: true })) })
+      : null);
+    const layered = Object.entries(angles).map(([side, layers]) => perLayer(
+      `Principal angle of ${side}`, "largest angle, degrees",
+      "Between the factor and the one-step gradient's singular space, per layer.", layers));
+    layered.push(perLayer("Norm of the update", "Frobenius norm", "Per layer.", norms));
     const charts = [one("Training loss", "step", "training loss", loss),
       one("Validation loss", "epoch", "validation loss", validation),
-      one("Metric", "epoch", this.run.facts.primary_metric || "metric", metric), ...turned];
+      one("Metric", "epoch", this.run.facts.primary_metric || "metric", metric), ...layered];
     const notes = [];
     if (log.skipped) notes.push(`${plural(log.skipped, "line")} of metrics.jsonl could not be read.`);
     if (log.notFinite) notes.push(`${plural(log.notFinite, "training loss")} without a finite value: not drawn.`);
