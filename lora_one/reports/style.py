@@ -1,8 +1,8 @@
 """One look for every plot: colours that a colour-blind reader can tell apart, light and dark.
 
-The colours are those of Okabe and Ito (2008), https://jfly.uni-koeln.de/color/, darkened for lines
-on white and lightened for lines on near black, so that each has a contrast of at least 3 : 1 with
-its background. A method has one colour everywhere; an optimiser has a dash pattern and a marker as
+The hues are those of Okabe and Ito (2008), https://jfly.uni-koeln.de/color/, darkened for lines on
+white and lightened for lines on near black, so that each has a contrast of at least 3 : 1 with its
+background; the red is deeper than theirs, since their darkened orange would come too near. A method has one colour everywhere; an optimiser has a dash pattern and a marker as
 well, so that no plot depends on colour alone.
 """
 
@@ -36,14 +36,14 @@ LIGHT = Theme(
     muted="#5c6670",
     grid="#e3e7eb",
     palette=(
-        "#d55e00",
         "#0072b2",
-        "#00805e",
+        "#1c2126",
+        "#008a66",
+        "#c98500",
+        "#a8102a",
         "#b4528c",
-        "#a87400",
-        "#2f8cc4",
-        "#5c6670",
-        "#8a7d00",
+        "#3a93c9",
+        "#6b7580",
     ),
 )
 DARK = Theme(
@@ -52,18 +52,18 @@ DARK = Theme(
     muted="#9aa5b0",
     grid="#2b3239",
     palette=(
-        "#ff8a3d",
         "#4ea8de",
-        "#2fc79a",
+        "#f2f4f6",
+        "#1fae86",
+        "#f0b429",
+        "#f4604f",
         "#e08fc0",
-        "#e6b03a",
         "#8fd0f5",
-        "#a9b3bd",
-        "#e8dc5a",
+        "#9aa5b0",
     ),
 )
-# The methods of the paper always have the same colour; others take what is left, in order.
-METHOD_ORDER = ("lora_one", "lora", "pissa", "lora_ga")
+# These methods have one colour in every picture of the repository; others take what is left.
+METHOD_ORDER = ("lora_one", "lora", "pissa", "lora_ga", "full_ft")
 MARKERS = ("o", "s", "^", "D", "v", "P")
 DASHES: tuple[tuple[float, ...], ...] = ((), (6, 3), (2, 2), (8, 2, 2, 2), (4, 1, 1, 1, 1, 1))
 

@@ -23,7 +23,7 @@ class Report {
   colour(method) {
     if (!method) return "var(--muted)";
     const count = this.data.palette.light.length;
-    return `var(--series-${(this.data.colours[method] ?? 6) % count})`;
+    return `var(--series-${(this.data.colours[method] ?? 7) % count})`;
   }
 
   dot(method) {
