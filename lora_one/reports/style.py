@@ -2,8 +2,9 @@
 
 The hues are those of Okabe and Ito (2008), https://jfly.uni-koeln.de/color/, darkened for lines on
 white and lightened for lines on near black, so that each has a contrast of at least 3 : 1 with its
-background; the red is deeper than theirs, since their darkened orange would come too near. A method has one colour everywhere; an optimiser has a dash pattern and a marker as
-well, so that no plot depends on colour alone.
+background; the red is deeper than theirs, since their darkened orange would come too near.
+A method has one colour everywhere; an optimiser has a dash pattern and a marker as well, so that no
+plot depends on colour alone.
 """
 
 from collections.abc import Sequence
