@@ -68,15 +68,23 @@ def render_page(title: str, data: dict[str, Any], details: Iterable[str]) -> str
 
 def pack(details: dict[str, Any]) -> str:
     """Compress a run's details to text that no HTML parser can misread: gzip, base64."""
-    text = json.dumps(_finite(details), separators=(",", ":"), ensure_ascii=False, default=str)
+    text = _to_json(details, ensure_ascii=False)
     packed = gzip.compress(text.encode("utf-8", errors="replace"), compresslevel=6, mtime=0)
     return base64.b64encode(packed).decode("ascii")
 
 
 def embed(data: dict[str, Any]) -> str:
     """Return JSON that ends no script element and holds nothing but JSON."""
-    text = json.dumps(_finite(data), separators=(",", ":"), ensure_ascii=True, default=str)
+    text = _to_json(data, ensure_ascii=True)
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
+
+
+def _to_json(value: Any, *, ensure_ascii: bool) -> str:
+    options: dict[str, Any] = {"separators": (",", ":"), "default": str}
+    try:
+        return json.dumps(value, ensure_ascii=ensure_ascii, allow_nan=False, **options)
+    except ValueError:
+        return json.dumps(_finite(value), ensure_ascii=ensure_ascii, **options)
 
 
 def _finite(value: Any) -> Any:

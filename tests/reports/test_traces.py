@@ -84,6 +84,27 @@ def test_layers_are_joined_step_by_step():
     assert high.tolist() == [8.0, 6.0]
 
 
+@pytest.mark.parametrize("metric", ["accuracy", "validation_loss", ""])
+def test_both_ways_of_reading_a_log_agree(tmp_path, metric):
+    lines = [{"step": 0, "epoch": 0.0, "validation_loss": 3}]
+    lines += [
+        {"step": s, "loss": 1 / s, "epoch": s / 9, "note": "x", "more": {}} for s in range(1, 9)
+    ]
+    lines += [{"step": 9, "accuracy": 1}, {"epoch": 2.0, "loss": 1.0}, {"step": 10, "loss": None}]
+    text = "\n".join(map(json.dumps, lines)) + "\n"
+    for name, more in (("fast", ""), ("slow", "torn")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "metrics.jsonl").write_text(text + more)
+    fast, slow = (read_trace(tmp_path / name, metric) for name in ("fast", "slow"))
+    for kind in ("loss", "validation", "metric"):
+        one, other = getattr(fast, kind), getattr(slow, kind)
+        assert one.x.tolist() == other.x.tolist()
+        assert one.y.tolist() == other.y.tolist()
+    assert (fast.lines, fast.skipped, fast.not_finite) == (12, 0, 0)
+    assert (slow.lines, slow.skipped, slow.not_finite) == (12, 1, 0)
+    assert len(fast.metric) == (metric == "accuracy")
+
+
 def test_a_missing_log_is_empty(tmp_path):
     assert len(read_trace(tmp_path, "accuracy").loss) == 0
 
