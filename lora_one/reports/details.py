@@ -38,7 +38,7 @@ LEVELS = (
 )
 # Sample predictions are looked for among the first rows of the file only.
 LOOKED_AT = 400
-NOT_SHOWN = ("error", "run_id", "process", "phases", "metrics", "losses")
+NOT_SHOWN = ("error", "preempted", "run_id", "process", "phases", "metrics", "losses")
 
 
 def describe_run(
@@ -67,6 +67,7 @@ def describe_run(
         "losses": record.get("losses") or {},
         "phases": record.get("phases") or {},
         "error": record.get("error"),
+        "preempted": record.get("preempted"),
         "problem": run.problem,
         "init": {key: value for key, value in init.items() if key != "layers"},
         "layers": [_layer(layer) for layer in layers[: detail.layers]],

@@ -123,12 +123,17 @@ def reason(run: Run) -> str:
     """Return why a run is not finished, in brackets, or nothing."""
     if run.problem is not None:
         return f" ({run.problem})"
-    error = run.record.get("error")
+    stopped, error = run.record.get("preempted"), run.record.get("error")
+    if run.status == "preempted" and isinstance(stopped, dict):
+        return f" ({_first_line(stopped.get('reason'))})"
     if not isinstance(error, dict):
         return ""
-    kind, message = str(error.get("type", "error")), str(error.get("message") or "")
-    first_line = (message.splitlines() or [""])[0]
+    kind, first_line = str(error.get("type", "error")), _first_line(error.get("message"))
     return f" ({kind}: {first_line})" if first_line else f" ({kind})"
+
+
+def _first_line(text: object) -> str:
+    return (str(text or "").splitlines() or [""])[0]
 
 
 def render(results: Results) -> None:

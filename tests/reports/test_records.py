@@ -76,6 +76,12 @@ def test_only_finished_runs_are_averaged(tmp_path, write_run, status):
     assert results.notes == [f"{status}: b"]
 
 
+def test_a_preempted_run_says_who_stopped_it(tmp_path, write_run):
+    facts = {"preempted": {"reason": "SIGUSR1, 60 s before the limit", "phase": "train"}}
+    write_run(tmp_path, "a", status="preempted", record=facts)
+    assert summarise(find_runs(tmp_path)).notes == ["preempted: a (SIGUSR1, 60 s before the limit)"]
+
+
 def test_folders_that_are_no_runs_are_left_alone(tmp_path, write_run):
     write_run(tmp_path, "a")
     (tmp_path / "cache" / "init").mkdir(parents=True)

@@ -12,6 +12,7 @@ class RunPage {
     this.report = report;
     this.run = run;
     const [name, status] = report.data.runs.rows[index];
+    this.status = status;
     const link = (to, text, key) => (to === null ? el("span", { class: "quiet" }, text)
       : el("a", { href: `#run/${encodeURIComponent(to)}`, "data-key": key }, text));
     this.node = el("article", { class: "run" },
@@ -24,7 +25,9 @@ class RunPage {
   }
 
   trouble() {
-    const { error, problem } = this.run;
+    const { error, problem, preempted } = this.run;
+    if (this.status === "preempted" && preempted && typeof preempted === "object")
+      return el("section", { class: "trouble" }, el("h3", {}, "Preempted"), el("p", {}, preempted.reason || ""));
     if (problem) return el("section", { class: "trouble" }, el("h3", {}, "Not readable"), el("p", {}, problem));
     if (!error || typeof error !== "object") return null;
     return el("section", { class: "trouble" },
