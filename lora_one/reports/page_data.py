@@ -175,12 +175,8 @@ def describe_number(number: Number) -> dict[str, Any]:
         "row": number.row,
         "column": number.column,
         "metric": number.metric,
-        "text": as_printed(
-            *(
-                None if value is None else float(f"{value:.6g}")
-                for value in (number.value, number.spread)
-            )
-        ),
+        # Beside our own numbers, which are fractions with four decimals.
+        "text": as_printed(number.value, number.spread, 4 if number.is_percent else None),
         "mark": number.mark,
         "kind": number.kind,
         "source": number.source,

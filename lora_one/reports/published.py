@@ -6,6 +6,7 @@ row; facts that the source does not give are named with it. Numbers that only an
 are marked as second-hand.
 """
 
+import json
 from collections.abc import Mapping, Sequence
 from functools import cache
 from importlib.resources import files
@@ -18,6 +19,7 @@ from lora_one.reports.groups import Group
 
 SourceClass = Literal["first-hand", "second-hand", "re-run"]
 Unit = Literal["percent", "fraction", "GB", "seconds", "score"]
+PERCENT_DIGITS = 2
 MARKS: Mapping[SourceClass, str] = {"first-hand": "", "second-hand": "†", "re-run": "‡"}
 MARK_WORDS = "† second-hand: quoted by another paper; ‡ re-run by somebody else"
 # Facts about our own run that no recipe states as settings; see ``facts_of``.
@@ -230,14 +232,18 @@ def _number(
         out_of_reach=recipe.out_of_reach,
         notes=recipe.notes,
         doubt=row.doubts.get(name),
-        text=as_printed(value, spread),
+        text=as_printed(value, spread, PERCENT_DIGITS if column.unit == "percent" else None),
         is_percent=column.unit == "percent",
     )
 
 
-def as_printed(value: float, spread: float | None) -> str:
-    """Return a number as its table prints it."""
-    return f"{value:g}" + ("" if spread is None else f" ± {spread:g}")
+def as_printed(value: float, spread: float | None, digits: int | None = None) -> str:
+    """Return a number as tables print it: with so many decimals, or as many as it has."""
+
+    def text(part: float) -> str:
+        return f"{part:g}" if digits is None else f"{part:.{digits}f}"
+
+    return text(value) + ("" if spread is None else f" ± {text(spread)}")
 
 
 def facts_of(group: Group) -> dict[str, Any]:
@@ -261,9 +267,14 @@ def mismatches(number: Number, facts: Mapping[str, Any]) -> list[str]:
             or given != expected
             or isinstance(given, bool) != isinstance(expected, bool)
         ):
-            shown = "not set" if given is missing else given
-            wrong.append(f"{key} is {shown}, published {expected}")
+            shown = "not set" if given is missing else _as_yaml(given)
+            wrong.append(f"{key} is {shown}, published {_as_yaml(expected)}")
     return wrong
+
+
+def _as_yaml(value: Any) -> str:
+    """Write a setting as a configuration has it: ``null`` and not ``None``."""
+    return value if isinstance(value, str) else json.dumps(value)
 
 
 def matching(group: Group, candidates: Sequence[Number]) -> list[Number]:

@@ -299,3 +299,32 @@ def test_reports_need_no_torch():
         "sys.exit('torch' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", script], check=False).returncode == 0
+
+
+def test_two_benchmarks_are_two_blocks_with_files_of_their_own(tmp_path, write_run):
+    for dataset in ("gsm8k", "mmlu"):
+        for method, score in (("lora", 0.5), ("pissa", 0.6)):
+            write_run(
+                tmp_path,
+                f"{dataset}-{method}",
+                method=method,
+                score=score,
+                memory=10**9 + len(method),
+                settings={"dataset.name": dataset},
+            )
+    report = build_report(find_runs(tmp_path), tmp_path / "report")
+    names = {file.name for file in report.files if file.suffix == ".svg"}
+    assert names == {f"{dataset}-tiny-llama-accuracy-memory.svg" for dataset in ("gsm8k", "mmlu")}
+    rows = read_csv(tmp_path / "report" / "comparison.csv")
+    assert [row["verdict"] for row in rows] == [
+        "best",
+        "not judged: one seed in common, no spread",
+    ] * 2
+
+
+def test_an_untrained_start_stands_beside_trained_runs(tmp_path, write_run):
+    write_run(tmp_path, "a", method="lora_one", score=0.6)
+    write_run(tmp_path, "b", method="lora_one", score=0.2, settings={"train": "none"})
+    report = build_report(find_runs(tmp_path), tmp_path / "report")
+    names = [row["method, optimiser"] for row in read_csv(report.folder / "comparison.csv")]
+    assert names == ["lora_one · adamw", "lora_one · none"]

@@ -83,7 +83,8 @@ class Chart {
 
   legend() {
     const names = [...new Set(this.figure.series.map((series) => series.name))];
-    if (names.length < 2) return null;
+    // Lines of one colour, such as a run's layers, are told apart by pointing at them.
+    if (names.length < 2 || this.figure.series.every((series) => series.faint)) return null;
     return el("div", { class: "legend", role: "group", "aria-label": "Lines shown" },
       names.map((name) => {
         const series = this.figure.series.find((one) => one.name === name);

@@ -166,8 +166,8 @@ class RunPage {
 const plain = (value) => number(value);
 // A commit is known by its first letters; a time needs no zone where all are UTC.
 const brief = (value) => (typeof value !== "string" ? shown(value)
-  : /^[0-9a-f]{40}$/.test(value) ? value.slice(0, 12)
-    : value.replace(/^(\d{4}-\d\d-\d\d)T(\d\d:\d\d:\d\d).*$/, "$1 $2"));
+  : /^[0-9a-f]{40}$/.test(value) ? value.slice(0, 8)
+    : value.replace(/^(\d{4}-\d\d-\d\d)T(\d\d:\d\d).*$/, "$1 $2"));
 
 const phase = (value) => (value && typeof value === "object"
   ? `${seconds(value.seconds)}, ${((value.peak_memory_bytes || 0) / 1e9).toFixed(2)} GB` : shown(value));
