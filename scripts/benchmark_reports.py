@@ -236,6 +236,7 @@ def _predictions(dice: random.Random, score: float) -> list[str]:
 ACTIONS = {
     "sort by a header, all rows shown": """
         document.querySelector('#all-runs .more').click();
+        document.body.offsetHeight;
         const began = performance.now();
         document.querySelector('#all-runs thead th:nth-child(7) button').click();
         document.body.offsetHeight;

@@ -11,6 +11,7 @@ class SortedTable {
     this.options = options || {};
     this.limit = FIRST_ROWS;
     this.sorted = null;
+    this.nodes = new Map();
     this.body = el("tbody");
     this.headers = columns.map((column, index) => el("th", { scope: "col",
       class: column.numeric ? "number" : null, "aria-sort": "none" },
@@ -55,10 +56,9 @@ class SortedTable {
     });
   }
 
-  draw() {
-    const rows = this.ordered();
-    this.order = rows;
-    this.body.replaceChildren(...rows.slice(0, this.limit).map((row) => el("tr",
+  // A row is made once and moved ever after.
+  made(row) {
+    if (!this.nodes.has(row)) this.nodes.set(row, el("tr",
       { class: this.options.rowClass ? this.options.rowClass(row) : null },
       row.slice(0, this.columns.length).map((value, index) => {
         const column = this.columns[index];
@@ -66,7 +66,14 @@ class SortedTable {
         const cell = index === 0 && this.options.rowHeader ? "th" : "td";
         return el(cell, { class: column.numeric ? "number" : null,
           scope: cell === "th" ? "row" : null }, shown === null || shown === undefined ? "–" : shown);
-      }))));
+      })));
+    return this.nodes.get(row);
+  }
+
+  draw() {
+    const rows = this.ordered();
+    this.order = rows;
+    this.body.replaceChildren(...rows.slice(0, this.limit).map((row) => this.made(row)));
     this.more.hidden = rows.length <= this.limit;
     this.more.textContent = `Show all ${rows.length.toLocaleString("en")} rows (${FIRST_ROWS} are shown)`;
   }
