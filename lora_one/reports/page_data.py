@@ -10,7 +10,7 @@ from lora_one.reports.published import Number, as_printed, matching
 from lora_one.reports.records import Run, is_trained
 from lora_one.reports.statistics import RULE, mean, sd
 from lora_one.reports.style import DARK, DASHES, LIGHT, colour_indices
-from lora_one.reports.table import Results, reason
+from lora_one.reports.table import Results
 
 # Names of tuned settings where there is little room.
 SHORT = {
@@ -102,11 +102,6 @@ def _run_row(run: Run, metrics: Sequence[str]) -> list[Any]:
         alone.peak_memory / 1e9,
         _text(record.get("ended")),
     ]
-
-
-def run_reason(run: Run) -> str:
-    """Return why a run is not counted, without brackets."""
-    return reason(run).strip().removeprefix("(").removesuffix(")")
 
 
 def _block(block: Block, figures: Sequence[Figure], numbers: Sequence[Number]) -> dict[str, Any]:
