@@ -3,10 +3,14 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: run test lint format clean
+.PHONY: run report test lint format clean
 
 run: $(VENV)/installed
 	$(BIN)/python run_exp.py -m init=lora,pissa,lora_ga,lora_one
+
+# The embedded sweep (what is finished is not repeated), its tables, plots and report.html.
+report: run
+	$(BIN)/python -m lora_one.reports results
 
 test: $(VENV)/installed
 	$(BIN)/ruff check .

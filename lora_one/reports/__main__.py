@@ -1,6 +1,6 @@
 """``python -m lora_one.reports [status] <output_dir>``: all runs in a folder, or how far they are.
 
-The table of the finished runs is ``python -m lora_one.reports <output_dir>``.
+The table and the report of the finished runs are ``python -m lora_one.reports <output_dir>``.
 """
 
 import argparse
@@ -9,31 +9,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from lora_one.reports import status
-from lora_one.reports.records import find_runs
-from lora_one.reports.table import render, summarise
+from lora_one.reports.command import report
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Print what was asked for; exit status 2 where there is no run."""
+    """Do what was asked for; exit status 2 where there is no run."""
     # A folder called status is ./status.
     asks_for_status = list(arguments[:1]) == ["status"]
-    return _show_status(arguments[1:]) if asks_for_status else _show_table(arguments)
-
-
-def _show_table(arguments: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m lora_one.reports",
-        description="Print the table of all runs in a folder.",
-        epilog="python -m lora_one.reports status <output_dir> says how far they are.",
-    )
-    parser.add_argument("output_dir", type=Path, help="the folder that holds the run folders")
-    output_dir = parser.parse_args(arguments).output_dir
-    runs = find_runs(output_dir)
-    if not runs:
-        print(f"error: no run folder (with a run.json) in {output_dir}", file=sys.stderr)
-        return 2
-    render(summarise(runs))
-    return 0
+    return _show_status(arguments[1:]) if asks_for_status else report(arguments)
 
 
 def _show_status(arguments: Sequence[str]) -> int:

@@ -1,12 +1,9 @@
-"""The comparison table: runs that differ in nothing but their seed are one row."""
+"""The table of settings: runs that differ in nothing but their seed are one row."""
 
 import csv
 import io
-import json
-import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
 
 from rich.console import Console
 from rich.measure import Measurement
@@ -14,31 +11,30 @@ from rich.table import Table
 from rich.text import Text
 
 from lora_one.harness.console import make_console
+from lora_one.reports.comparison import compare, higher_is_better, mean_of
+from lora_one.reports.groups import Group, group_runs, varied_settings
 from lora_one.reports.records import Run
+from lora_one.reports.statistics import mean, paired_difference, sd
 
-SEEDS = ("seed", "dataset.seed", "init.seed", "model.seed", "evaluation.seed")
-
-# Settings that the fixed columns already show, or that follow from the choice of a method.
-SHOWN = {
-    "train",
-    "model.learning_rate",
-    "optimizer.name",
-    "init.direction",
-    "peft.use_peft",
-    "peft.dora",
-    "peft.adalora",
-}
-FOLLOWS_METHOD = ("init.scale", "init.stable_gamma", "init.bsz", "init.iters", "init.max_length")
-FOLLOWS_OPTIMISER = ("optimizer.damping", "optimizer.lr_ratio")
+BEST, TIE = "best", "tie"
+TIE_MARK = "≈"
 
 
 @dataclass(frozen=True)
 class Results:
-    """Column names and rows of text, and what was left out of them."""
+    """Column names and rows of text, and what was left out of them.
+
+    Attributes:
+        columns: Their names.
+        rows: Cells as text.
+        notes: Runs that are in no row, and why.
+        marks: (row, column) -> ``best``, or ``tie`` where it cannot be told from the best.
+    """
 
     columns: list[str]
     rows: list[list[str]]
     notes: list[str]
+    marks: dict[tuple[int, int], str] = field(default_factory=dict)
 
 
 def summarise(runs: Sequence[Run]) -> Results:
@@ -46,17 +42,11 @@ def summarise(runs: Sequence[Run]) -> Results:
 
     Accuracy and losses are mean +- sample standard deviation over the seeds; seconds are means
     (a start from the cache counts with what it cost to compute); memory is the largest of all
-    phases and seeds. Of untrained runs that gave the same replies under other seeds one counts:
-    nothing in them was random, so that they would feign a standard deviation of 0.
+    phases and seeds. Of untrained runs that gave the same replies under other seeds one counts.
     """
-    finished = [run for run in runs if run.status == "finished"]
-    groups: dict[str, list[Run]] = {}
-    for run in finished:
-        settings = {key: value for key, value in run.settings.items() if key not in SEEDS}
-        groups.setdefault(json.dumps(settings, sort_keys=True), []).append(run)
-    repeats = [pair for runs in groups.values() for pair in _take_repeats(runs)]
-    varied = _varied(list(groups.values()))
-    metrics = sorted({run.record["primary_metric"] for run in finished})
+    groups, repeats = group_runs(runs)
+    varied = varied_settings(groups)
+    metrics = sorted({group.primary_metric for group in groups})
     columns = [
         "method",
         "optimiser",
@@ -70,110 +60,80 @@ def summarise(runs: Sequence[Run]) -> Results:
         "train s",
         "memory GB",
     ]
-    rows = [_row(group, varied, metrics) for group in groups.values()]
+    rows = [_row(group, varied, metrics) for group in groups]
+    return Results(columns, rows, excluded(runs, repeats), _marks(groups, columns))
+
+
+def excluded(runs: Sequence[Run], repeats: Sequence[tuple[Run, Run]]) -> list[str]:
+    """Say of every run that is in no average why."""
     notes = [
-        f"{run.status}: {run.folder.name}{_reason(run)}" for run in runs if run not in finished
+        f"{run.status}: {run.folder.name}{reason(run)}" for run in runs if run.status != "finished"
     ]
-    notes += [
+    return notes + [
         f"the replies of {first.folder.name} once more: {again.folder.name}"
         for first, again in repeats
     ]
-    return Results(columns, rows, notes)
 
 
-def _take_repeats(group: list[Run]) -> list[tuple[Run, Run]]:
-    """Take out of a group the untrained runs that repeat another; return both of each."""
-    seen: dict[str, Run] = {}
-    repeats = []
-    for run in list(group):
-        replies = (run.record.get("evaluation") or {}).get("replies_sha256")
-        if _is_trained(run.settings) or replies is None:
-            continue
-        # A start that differs shows in the loss before it shows in a greedy reply.
-        outcome = json.dumps([replies, run.record["losses"]["validation"]])
-        first = seen.setdefault(outcome, run)
-        if first is not run:
-            group.remove(run)
-            repeats.append((first, run))
-    return repeats
-
-
-def _varied(groups: list[list[Run]]) -> list[str]:
-    """Settings in which runs of the same method and optimiser differ: they need a column."""
-    varied: set[str] = set()
-    keys = sorted({key for group in groups for key in group[0].settings})
-    for key in keys:
-        if key in SEEDS or key in SHOWN:
-            continue
-        same_method: dict[tuple[str, ...], set[str]] = {}
-        for group in groups:
-            settings, record = group[0].settings, group[0].record
-            kin: tuple[str, ...] = ()
-            if key in FOLLOWS_METHOD:
-                kin = (record["method"],)
-            elif key in FOLLOWS_OPTIMISER:
-                kin = (settings["optimizer.name"],)
-            elif key.startswith("dataset.") and key != "dataset.name":
-                # Each benchmark has options of its own.
-                kin = (settings.get("dataset.name"),)
-            same_method.setdefault(kin, set()).add(json.dumps(settings.get(key)))
-        if any(len(values) > 1 for values in same_method.values()):
-            varied.add(key)
-    return sorted(varied)
-
-
-def _row(group: list[Run], varied: list[str], metrics: list[str]) -> list[str]:
-    settings, records = group[0].settings, [run.record for run in group]
-    phases = [record["phases"] for record in records]
-    peak = max(phase["peak_memory_bytes"] for run in phases for phase in run.values())
+def _row(group: Group, varied: list[str], metrics: list[str]) -> list[str]:
+    rate = group.learning_rate
     return [
-        records[0]["method"],
-        *_training(settings),
-        *(str(settings.get(key)) for key in varied),
-        str(len(group)),
-        *(_mean_sd([r["metrics"].get(name) for r in records]) for name in metrics),
-        str(records[0]["metrics"]["n"]),
-        _mean_sd([record["losses"]["validation"] for record in records]),
-        _mean([_init_seconds(record) for record in records]),
-        _mean([run["train"]["seconds"] for run in phases]),
-        f"{peak / 1e9:.2f}",
+        group.method,
+        group.optimiser,
+        "-" if rate is None else f"{rate:g}",
+        *(str(group.settings.get(key)) for key in varied),
+        str(len(group.runs)),
+        *(mean_sd(group.values(name)) for name in metrics),
+        "-" if group.test_rows is None else str(group.test_rows),
+        mean_sd(group.validation_losses),
+        f"{mean(group.init_seconds):.1f}",
+        f"{mean(group.train_seconds):.1f}",
+        f"{group.peak_memory / 1e9:.2f}",
     ]
 
 
-def _training(settings: dict[str, Any]) -> list[str]:
-    """Optimiser and learning rate, or that there was no training: the start itself is the row."""
-    if not _is_trained(settings):
-        return ["none", "-"]
-    return [settings["optimizer.name"], f"{settings['model.learning_rate']:g}"]
+def _marks(groups: list[Group], columns: list[str]) -> dict[tuple[int, int], str]:
+    """Find the best row among those that can be compared, and the rows that tie with it."""
+    place = {id(group): index for index, group in enumerate(groups)}
+    marks = {}
+    for block in compare(groups):
+        metric, column = block.metric, columns.index(block.metric)
+        scored = [group for group in block.groups if mean_of(group.values(metric)) is not None]
+        if len(scored) < 2:
+            continue
+        pick = max if higher_is_better(metric) else min
+        best = pick(scored, key=lambda group, metric=metric: mean_of(group.values(metric)))
+        marks[place[id(best)], column] = BEST
+        for group in scored:
+            difference = paired_difference(group.by_seed(metric), best.by_seed(metric))
+            if group is not best and difference.is_real is False:
+                marks[place[id(group)], column] = TIE
+    return marks
 
 
-def _is_trained(settings: dict[str, Any]) -> bool:
-    return settings.get("train") != "none" and settings.get("evaluate.adapter") is None
-
-
-def _mean_sd(values: Sequence[float | None]) -> str:
-    if any(value is None for value in values):
+def mean_sd(values: Sequence[float | None]) -> str:
+    """Return ``mean ± sd`` as text; ``-`` where a value is missing."""
+    if mean_of(values) is None:
         return "-"
-    mean = f"{statistics.mean(values):.4f}"
-    return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):.4f}"
+    spread = sd(values)
+    return f"{mean(values):.4f}" + ("" if spread is None else f" ± {spread:.4f}")
 
 
-def _mean(values: Sequence[float]) -> str:
-    return f"{statistics.mean(values):.1f}"
-
-
-def _init_seconds(record: dict[str, Any]) -> float:
-    """What the start cost when it was computed, also where a run found it in the cache."""
-    computed = (record.get("init") or {}).get("seconds")
-    return record["phases"]["init"]["seconds"] if computed is None else computed
-
-
-def _reason(run: Run) -> str:
-    error = run.record.get("error")
-    if not error:
+def reason(run: Run) -> str:
+    """Return why a run is not finished, in brackets, or nothing."""
+    if run.problem is not None:
+        return f" ({run.problem})"
+    stopped, error = run.record.get("preempted"), run.record.get("error")
+    if run.status == "preempted" and isinstance(stopped, dict):
+        return f" ({_first_line(stopped.get('reason'))})"
+    if not isinstance(error, dict):
         return ""
-    first_line = (error["message"].splitlines() or [""])[0]
-    return f" ({error['type']}: {first_line})" if first_line else f" ({error['type']})"
+    kind, first_line = str(error.get("type", "error")), _first_line(error.get("message"))
+    return f" ({kind}: {first_line})" if first_line else f" ({kind})"
+
+
+def _first_line(text: object) -> str:
+    return (str(text or "").splitlines() or [""])[0]
 
 
 def render(results: Results) -> None:
@@ -181,22 +141,52 @@ def render(results: Results) -> None:
     table = Table(box=None, header_style="bold", pad_edge=False)
     for index, column in enumerate(results.columns):
         table.add_column(column, justify="left" if index < 2 else "right", no_wrap=True)
-    for row in results.rows:
-        table.add_row(*(Text(cell) for cell in row))
+    for index, row in enumerate(results.rows):
+        cells = [_marked(cell, results.marks.get((index, at))) for at, cell in enumerate(row)]
+        table.add_row(*cells)
     # A number that is cut off is worse than a line that wraps: the table takes the width it needs.
     needed = Measurement.get(Console(width=10_000), Console().options.update(width=10_000), table)
     console = Console(width=max(make_console().width, needed.maximum))
     console.print(table)
+    if TIE in results.marks.values():
+        print(f"  {TIE_MARK} cannot be told from the best by the seeds that both have")
     for note in results.notes:
         console.print(f"  not in the table: {note}", highlight=False, markup=False)
 
 
+def _marked(cell: str, mark: str | None) -> Text:
+    if mark == BEST:
+        return Text(cell, style="bold")
+    return Text(f"{TIE_MARK} {cell}" if mark == TIE else cell)
+
+
 def to_markdown(results: Results) -> str:
-    """Return the table as Markdown."""
+    """Return the table as Markdown, the best in bold."""
     rule = ["---", "---", *("---:" for _ in results.columns[2:])]
-    lines = [f"| {' | '.join(row)} |" for row in (results.columns, rule, *results.rows)]
-    lines += ["", *(f"- not in the table: {note}" for note in results.notes)]
+    rows = [
+        [_markdown(cell, results.marks.get((index, at))) for at, cell in enumerate(row)]
+        for index, row in enumerate(results.rows)
+    ]
+    lines = [f"| {' | '.join(row)} |" for row in (results.columns, rule, *rows)]
+    if TIE in results.marks.values():
+        lines += ["", f"{TIE_MARK} cannot be told from the best by the seeds that both have."]
+    lines += ["", *(f"- not in the table: {plain_markdown(note)}" for note in results.notes)]
     return "\n".join(lines).rstrip() + "\n"
+
+
+def _markdown(cell: str, mark: str | None) -> str:
+    cell = plain_markdown(cell)
+    if mark == BEST:
+        return f"**{cell}**"
+    return f"{TIE_MARK} {cell}" if mark == TIE else cell
+
+
+def plain_markdown(text: str) -> str:
+    """Return text from a run folder so that Markdown shows it and does not obey it.
+
+    A pipe would end a cell, a newline the table, and ``<`` start HTML.
+    """
+    return text.replace("&", "&amp;").replace("<", "&lt;").replace("|", "\\|").replace("\n", " ")
 
 
 def to_csv(results: Results) -> str:

@@ -1,0 +1,240 @@
+"""Methods side by side: what was tried, what was chosen, which differences are real.
+
+A *block* holds what can be compared: the same test rows, model and metric. In a block, an *arm* is
+a method with an optimiser (and any other setting that varies and is not tuned); its settings are
+the points of its grid. Per arm one point is chosen by the lowest mean validation loss, so that the
+test metric chooses nothing; only where validation losses are missing does the metric itself
+choose, and then it is said.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from lora_one.reports.groups import (
+    FOLLOWS_METHOD,
+    FOLLOWS_OPTIMISER,
+    Group,
+    as_text,
+    varied_settings,
+)
+from lora_one.reports.statistics import Difference, mean, paired_difference, verdict
+
+LEARNING_RATE = "model.learning_rate"
+# What a method or an optimiser is tuned over; everything else that varies makes another arm.
+TUNED = (LEARNING_RATE, "init.stable_gamma", "optimizer.damping", "optimizer.lr_ratio")
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One method with one optimiser, and the point of its grid that was chosen.
+
+    Attributes:
+        name: Short, unique in its block.
+        groups: All points of the grid, at least one.
+        chosen: The point that represents the arm.
+        chosen_by: ``validation loss``, or the metric's name where there was no such loss.
+        grid: Tuned setting -> the values that were tried, in order.
+        at_edge: Tuned settings whose chosen value is the smallest or the largest tried.
+    """
+
+    name: str
+    groups: tuple[Group, ...]
+    chosen: Group
+    chosen_by: str
+    grid: dict[str, list[Any]]
+    at_edge: tuple[str, ...]
+
+    @property
+    def runs(self) -> int:
+        """Finished runs that went into the arm, all points and seeds."""
+        return sum(len(group.runs) for group in self.groups)
+
+    @property
+    def seconds(self) -> float:
+        """What start and training of all these runs cost together: tuning included."""
+        return sum(
+            init + train
+            for group in self.groups
+            for init, train in zip(group.init_seconds, group.train_seconds, strict=True)
+        )
+
+
+@dataclass(frozen=True)
+class Row:
+    """An arm in its block's comparison.
+
+    Attributes:
+        arm: Which.
+        is_best: Whether its mean is the best of the block.
+        difference: To the best arm, over common seeds; None for the best itself.
+        verdict: The difference in words.
+    """
+
+    arm: Arm
+    is_best: bool
+    difference: Difference | None
+    verdict: str
+
+    @property
+    def is_tie(self) -> bool:
+        """Whether the difference to the best was judged and cannot be told from noise."""
+        return self.difference is not None and self.difference.is_real is False
+
+
+@dataclass(frozen=True)
+class Block:
+    """What can be compared.
+
+    Attributes:
+        title: Dataset, model and metric.
+        metric: The primary metric of the dataset.
+        groups: All settings.
+        rows: One per arm, the best first.
+        warnings: Unequal budgets, rates at the edge of a grid, points chosen on test rows.
+    """
+
+    title: str
+    metric: str
+    groups: tuple[Group, ...]
+    rows: tuple[Row, ...]
+    warnings: tuple[str, ...]
+
+    @property
+    def higher_is_better(self) -> bool:
+        """Whether a larger metric is the better one."""
+        return higher_is_better(self.metric)
+
+
+def higher_is_better(metric: str) -> bool:
+    """Losses and perplexities are to be low, every other metric high."""
+    return "loss" not in metric and "perplexity" not in metric
+
+
+def compare(groups: Sequence[Group]) -> list[Block]:
+    """Sort groups into blocks and judge each block's arms against its best one."""
+    blocks: dict[str, list[Group]] = {}
+    for group in groups:
+        blocks.setdefault(_block_key(group), []).append(group)
+    return [_block(members) for members in blocks.values()]
+
+
+def _block_key(group: Group) -> str:
+    settings, data = group.settings, group.runs[0].record.get("data") or {}
+    facts = ("dataset.name", "dataset.path", "dataset.test_rows", "model.name")
+    rows = data.get("test_row_ids_sha256") if isinstance(data, dict) else None
+    return as_text([*(settings.get(fact) for fact in facts), rows, group.primary_metric])
+
+
+def _block(groups: list[Group]) -> Block:
+    metric = groups[0].primary_metric
+    distinguishing = [key for key in varied_settings(groups) if key not in TUNED]
+    arms: dict[str, list[Group]] = {}
+    for group in groups:
+        arms.setdefault(_arm_name(group, distinguishing), []).append(group)
+    chosen = [_choose(name, members, metric) for name, members in arms.items()]
+    settings = groups[0].settings
+    model = str(settings.get("model.name", "model")).rstrip("/").split("/")[-1]
+    return Block(
+        title=f"{settings.get('dataset.name', 'dataset')} · {model} · {metric}",
+        metric=metric,
+        groups=tuple(groups),
+        rows=_judge(chosen, metric),
+        warnings=tuple(_warnings(chosen, metric)),
+    )
+
+
+def _arm_name(group: Group, distinguishing: Sequence[str]) -> str:
+    settings = group.settings
+    extra = []
+    for key in distinguishing:
+        # What belongs to a method or optimiser is no distinction between methods.
+        if key in FOLLOWS_METHOD + FOLLOWS_OPTIMISER and settings.get(key) is None:
+            continue
+        extra.append(f"{key.rpartition('.')[2]}={settings.get(key)}")
+    return " · ".join([group.method, group.optimiser, *extra])
+
+
+def _choose(name: str, groups: list[Group], metric: str) -> Arm:
+    losses = [mean_of(group.validation_losses) for group in groups]
+    scores = [mean_of(group.values(metric)) for group in groups]
+    places = range(len(groups))
+    if None not in losses:
+        chosen, by = min(places, key=lambda place: losses[place]), "validation loss"
+    elif None not in scores:
+        pick = max if higher_is_better(metric) else min
+        chosen, by = pick(places, key=lambda place: scores[place]), metric
+    else:
+        chosen, by = 0, "order"
+    grid: dict[str, list[Any]] = {}
+    for key in TUNED:
+        values = {group.settings.get(key) for group in groups if group.is_trained} - {None}
+        numbers = sorted(value for value in values if isinstance(value, int | float))
+        if numbers:
+            grid[key] = numbers
+    at_edge = tuple(
+        key
+        for key, values in grid.items()
+        if len(values) > 1 and groups[chosen].settings.get(key) in (values[0], values[-1])
+    )
+    return Arm(name, tuple(groups), groups[chosen], by, grid, at_edge)
+
+
+def _judge(arms: list[Arm], metric: str) -> tuple[Row, ...]:
+    higher = higher_is_better(metric)
+    scored = {arm.name: mean_of(arm.chosen.values(metric)) for arm in arms}
+    ranked = sorted(arms, key=lambda arm: _rank(scored[arm.name], higher))
+    best = ranked[0]
+    rows = []
+    for arm in ranked:
+        if scored[arm.name] is None:
+            rows.append(Row(arm, False, None, f"not judged: {metric} is missing"))
+        elif arm is best:
+            rows.append(Row(arm, len(arms) > 1, None, "best" if len(arms) > 1 else "alone"))
+        else:
+            ours, theirs = arm.chosen.by_seed(metric), best.chosen.by_seed(metric)
+            difference = paired_difference(ours, theirs)
+            words = verdict(difference, higher_is_better=higher)
+            rows.append(Row(arm, False, difference, words))
+    return tuple(rows)
+
+
+def _rank(score: float | None, higher: bool) -> tuple[bool, float]:
+    if score is None:
+        return True, 0.0
+    return False, -score if higher else score
+
+
+def _warnings(arms: list[Arm], metric: str) -> list[str]:
+    warnings = []
+    tried = {arm.name: len(arm.groups) for arm in arms if arm.chosen.is_trained}
+    if len(set(tried.values())) > 1:
+        counts = ", ".join(f"{name}: {count}" for name, count in tried.items())
+        warnings.append(f"unequal tuning budgets (settings tried): {counts}")
+    edges = [
+        f"{arm.name} ({key.rpartition('.')[2]} {arm.chosen.settings[key]:g})"
+        for arm in arms
+        for key in arm.at_edge
+    ]
+    if edges:
+        warnings.append(
+            "chosen at the edge of the grid that was tried, so that a better one may lie outside: "
+            + ", ".join(edges)
+        )
+    flattered = [arm.name for arm in arms if len(arm.groups) > 1 and arm.chosen_by == metric]
+    if flattered:
+        warnings.append(
+            f"chosen by {metric} on the test rows themselves, which flatters (there is no "
+            f"validation loss): {', '.join(flattered)}"
+        )
+    if len(arms) > 2:
+        warnings.append(
+            f"the best of {len(arms)} rows is partly the luckiest: its lead over the others is "
+            "more likely too large than too small"
+        )
+    return warnings
+
+
+def mean_of(values: Sequence[float | None]) -> float | None:
+    """Return the mean; None where a value is missing."""
+    return None if any(value is None for value in values) else mean(values)

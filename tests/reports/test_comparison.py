@@ -1,0 +1,132 @@
+"""Which setting stands for a method, and what is said of the differences."""
+
+import pytest
+
+from lora_one.reports.comparison import compare
+from lora_one.reports.figures import pareto_front
+from lora_one.reports.groups import group_runs
+from lora_one.reports.records import find_runs
+
+
+def blocks_of(folder):
+    return compare(group_runs(find_runs(folder))[0])
+
+
+def rows_of(folder):
+    (block,) = blocks_of(folder)
+    return {row.arm.name: row for row in block.rows}, block
+
+
+def test_the_validation_loss_chooses_and_the_test_metric_does_not(tmp_path, write_run):
+    write_run(tmp_path, "a", rate=1e-3, loss=0.9, score=0.99)
+    write_run(tmp_path, "b", rate=2e-3, loss=0.5, score=0.50)
+    write_run(tmp_path, "c", rate=4e-3, loss=0.7, score=0.70)
+    rows, block = rows_of(tmp_path)
+    arm = rows["lora · adamw"].arm
+    assert arm.chosen.learning_rate == 2e-3
+    assert arm.chosen_by == "validation loss"
+    assert arm.grid["model.learning_rate"] == [1e-3, 2e-3, 4e-3]
+    assert arm.at_edge == ()
+    assert block.warnings == ()
+
+
+def test_without_validation_losses_the_metric_chooses_and_that_is_said(tmp_path, write_run):
+    for name, rate, score in (("a", 1e-3, 0.3), ("b", 2e-3, 0.6), ("c", 3e-3, 0.4)):
+        write_run(tmp_path, name, rate=rate, score=score, loss=None)
+    rows, block = rows_of(tmp_path)
+    assert rows["lora · adamw"].arm.chosen.learning_rate == 2e-3
+    assert any("chosen by accuracy on the test rows themselves" in w for w in block.warnings)
+
+
+def test_a_rate_at_the_edge_of_its_grid_is_warned_of(tmp_path, write_run):
+    write_run(tmp_path, "a", rate=1e-3, loss=0.9)
+    write_run(tmp_path, "b", rate=2e-3, loss=0.5)
+    _, block = rows_of(tmp_path)
+    assert block.warnings == (
+        "chosen at the edge of the grid that was tried, so that a better one may lie outside: "
+        "lora · adamw (learning_rate 0.002)",
+    )
+
+
+def test_unequal_tuning_budgets_are_warned_of(tmp_path, write_run):
+    for index, rate in enumerate((1e-3, 2e-3, 4e-3)):
+        write_run(tmp_path, f"a{index}", rate=rate, loss=abs(rate - 2e-3))
+    write_run(tmp_path, "b", method="pissa")
+    _, block = rows_of(tmp_path)
+    assert any(warning.startswith("unequal tuning budgets") for warning in block.warnings)
+
+
+def test_gamma_and_damping_are_tuned_and_rank_makes_another_arm(tmp_path, write_run):
+    write_run(tmp_path, "a", method="lora_one", settings={"init.stable_gamma": 16.0}, loss=0.4)
+    write_run(tmp_path, "b", method="lora_one", settings={"init.stable_gamma": 64.0}, loss=0.3)
+    write_run(tmp_path, "c", method="lora_one", settings={"peft.lora_r": 4}, loss=0.5)
+    rows, _ = rows_of(tmp_path)
+    assert {name: len(row.arm.groups) for name, row in rows.items()} == {
+        "lora_one · adamw · lora_r=8": 2,
+        "lora_one · adamw · lora_r=4": 1,
+    }
+    chosen = rows["lora_one · adamw · lora_r=8"].arm.chosen
+    assert chosen.settings["init.stable_gamma"] == 64.0
+
+
+def test_differences_are_paired_over_seeds_and_put_into_words(tmp_path, write_run):
+    for seed in range(6):
+        base = 0.1 * seed
+        jitter = 0.001 * (seed % 2)
+        write_run(tmp_path, f"a{seed}", method="lora_one", seed=seed, score=base + 0.2)
+        write_run(tmp_path, f"b{seed}", method="lora", seed=seed, score=base + 0.1 + jitter)
+        noise = 0.2 + (0.05 if seed % 2 else -0.06)
+        write_run(tmp_path, f"c{seed}", method="pissa", seed=seed, score=base + noise)
+    rows, block = rows_of(tmp_path)
+    assert [row.verdict for row in block.rows] == ["best", "cannot be told from noise", "worse"]
+    lora = rows["lora · adamw"]
+    # Paired differences are -0.1 and -0.099 in turn, although the scores themselves spread by 0.19.
+    assert lora.difference.mean == pytest.approx(-0.0995)
+    assert lora.difference.interval[1] < -0.098
+    assert rows["pissa · adamw"].is_tie
+
+
+def test_a_loss_is_better_when_it_is_lower(tmp_path, write_run):
+    for name, method, loss in (("a", "lora", 2.0), ("b", "pissa", 1.0)):
+        record = {"primary_metric": "validation_loss", "metrics": {"validation_loss": loss, "n": 9}}
+        write_run(tmp_path, name, method=method, record=record, loss=loss)
+    _, block = rows_of(tmp_path)
+    assert not block.higher_is_better
+    assert [row.arm.chosen.method for row in block.rows] == ["pissa", "lora"]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"settings": {"dataset.name": "gsm8k"}},
+        {"settings": {"model.name": "other"}},
+        {"record": {"data": {"test_row_ids_sha256": "other"}}},
+        {"record": {"primary_metric": "pass@1", "metrics": {"pass@1": 0.1, "n": 9}}},
+    ],
+    ids=["dataset", "model", "test rows", "metric"],
+)
+def test_what_was_tested_otherwise_is_not_compared(tmp_path, write_run, change):
+    write_run(tmp_path, "a")
+    write_run(tmp_path, "b", method="pissa", **change)
+    assert [len(block.rows) for block in blocks_of(tmp_path)] == [1, 1]
+
+
+def test_the_cost_of_an_arm_includes_its_tuning(tmp_path, write_run):
+    write_run(tmp_path, "a", rate=1e-3, seconds=10.0, loss=0.5)
+    write_run(tmp_path, "b", rate=2e-3, seconds=20.0, loss=0.9)
+    rows, _ = rows_of(tmp_path)
+    # Two starts of 2 s each (write_run) and both trainings.
+    assert rows["lora · adamw"].arm.seconds == 34.0
+
+
+def test_the_pareto_front_holds_what_nothing_beats_in_both():
+    points = [(1.0, 0.5), (2.0, 0.7), (3.0, 0.6), (2.0, 0.6), (4.0, 0.7), (5.0, 0.9)]
+    assert pareto_front(points, higher_is_better=True) == [(1.0, 0.5), (2.0, 0.7), (5.0, 0.9)]
+    assert pareto_front(points, higher_is_better=False) == [(1.0, 0.5)]
+
+
+def test_a_metric_that_is_missing_is_not_judged(tmp_path, write_run):
+    write_run(tmp_path, "a")
+    write_run(tmp_path, "b", method="pissa", record={"metrics": {"n": 3}})
+    rows, _ = rows_of(tmp_path)
+    assert rows["pissa · adamw"].verdict == "not judged: accuracy is missing"
