@@ -20,6 +20,7 @@ def report(arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m lora_one.reports",
         description="Print the table of all runs in a folder; write tables, plots and report.html.",
+        epilog="python -m lora_one.reports status OUTPUT_DIR says how far they are.",
     )
     parser.add_argument("output_dir", type=Path, help="the folder that holds the run folders")
     parser.add_argument(
