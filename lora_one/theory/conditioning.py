@@ -160,7 +160,10 @@ def adamw(
         if step == steps:
             break
         gradient = problem.loss_and_gradient(A @ B)[1]
-        layer.A.grad, layer.B.grad = (gradient @ B.T).T.contiguous(), (A.T @ gradient).T.contiguous()
+        layer.A.grad, layer.B.grad = (
+            (gradient @ B.T).T.contiguous(),
+            (A.T @ gradient).T.contiguous(),
+        )
         optimizer.param_groups[0]["lr"] = rate * (1 - step / steps)
         optimizer.step()
     return A.clone(), B.clone(), torch.stack(errors)

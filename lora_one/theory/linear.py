@@ -209,9 +209,7 @@ def tuned(
         if best is not None and float(final[i]) >= float(best.trace["loss"][-1]):
             continue
         values = {name: series[:, i] for name, series in trace.values.items()}
-        best = Tuned(
-            start, rates[i], gamma, Trace(trace.A[i], trace.B[i], trace.steps, values)
-        )
+        best = Tuned(start, rates[i], gamma, Trace(trace.A[i], trace.B[i], trace.steps, values))
     return best
 
 

@@ -60,7 +60,9 @@ def convergence(
     """
     results = []
     for condition in conditions:
-        problem = relu_problem(d, k, spectrum(rank, condition), samples=samples, signal=signal, seed=seed)
+        problem = relu_problem(
+            d, k, spectrum(rank, condition), samples=samples, signal=signal, seed=seed
+        )
         norm = torch.linalg.matrix_norm(problem.Delta, 2)
         measures = {"error": error_of(problem)}
         errors = {}
@@ -123,7 +125,9 @@ def sample_sizes(
     rows = []
     for seed in seeds:
         for signal in signals:
-            whole = relu_problem(d, k, spectrum(rank, 1.0), samples=max(samples), signal=signal, seed=seed)
+            whole = relu_problem(
+                d, k, spectrum(rank, 1.0), samples=max(samples), signal=signal, seed=seed
+            )
             for N in samples:
                 relu = type(whole)(whole.W, whole.Delta, whole.X[:N])
                 models: dict[str, Problem] = {

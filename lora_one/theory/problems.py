@@ -122,7 +122,9 @@ def linear_problem(
         seed: of W, Δ and the data.
     """
     Sigma = (
-        torch.eye(d, dtype=torch.float64) if samples is None else sample_covariance(d, samples, seed)
+        torch.eye(d, dtype=torch.float64)
+        if samples is None
+        else sample_covariance(d, samples, seed)
     )
     W = normal(seed, "W", d, k) / d**0.5
     return LinearProblem(W, low_rank_shift(d, k, singular_values, seed), Sigma)

@@ -1,0 +1,44 @@
+"""Tables for the notebook."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows with equal keys; notebooks show them as Markdown, terminals as the same text."""
+
+    rows: Sequence[Mapping[str, Any]]
+
+    def _repr_markdown_(self) -> str:
+        names = list(self.rows[0])
+        lines = [names, ["---"] * len(names)]
+        lines += [[_cell(row[name]) for name in names] for row in self.rows]
+        return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+    def __repr__(self) -> str:
+        return self._repr_markdown_()
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return ""
+    if isinstance(value, float):
+        return f"{value:.3g}" if abs(value) < 1000 else f"{value:,.0f}"
+    return str(value)
+
+
+def parameters(options: Mapping[str, Any]) -> str:
+    """Return options as one line of text."""
+    return "parameters: " + ", ".join(
+        f"{name} = {_short(value)}" for name, value in options.items()
+    )
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, range):
+        return f"{value.start}..{value.stop - 1}" if len(value) > 1 else str(value.start)
+    if isinstance(value, tuple):
+        return "(" + ", ".join(_short(one) for one in value) + ")"
+    return f"{value:g}" if isinstance(value, float) else str(value)
