@@ -301,7 +301,7 @@ class RankRow:
         first_step: LoRA-GA: squared cosine of G and the first step; LoRA-One: of G and the start.
         error: ``||P - Δ||_F / ||Δ||_F`` after training, best rate and γ.
         floor: the smallest such error of any shift of rank r.
-        angle_B: the sine of the largest angle between B's and Δ's leading right directions,
+        start_angle: the sine of the largest angle between B's and Δ's right directions,
             min(r, r*) of them, at the start.
     """
 
@@ -311,7 +311,7 @@ class RankRow:
     first_step: float
     error: float
     floor: float
-    angle_B: float
+    start_angle: float
 
 
 def rank_sweep(

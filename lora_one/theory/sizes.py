@@ -48,7 +48,7 @@ FULL: dict[str, dict[str, Any]] = {
         "signals": (0.1, 0.5),
         "seeds": range(5),
     },
-    "digits": {"seeds": range(3), "steps": 60},
+    "digits": {"seeds": range(5), "steps": 100},
     "language": {
         "steps": 100,
         "looks": (0, 1, 2, 5, 10, 20, 50, 100),
