@@ -99,7 +99,7 @@ def alignment_times(
     conditions: Sequence[float],
     seeds: Sequence[int],
     *,
-    k: int = 64,
+    k: int = 16,
     rank: int = 8,
     true_rank: int = 4,
     rows_per_input: int = 4,
@@ -120,8 +120,8 @@ def alignment_times(
                 target = one_step(problem, true_rank)
                 growth = math.log1p(rate * float(target.S[-1]))
                 alpha = size_of_theorem(target, d, theta)
-                # Three times the bound of eq. 6 with the constant 1.
-                limit = math.ceil(3 * math.log(math.sqrt(d) / theta) / growth)
+                # Twice the bound of eq. 6 with the constant 1.
+                limit = math.ceil(2 * math.log(math.sqrt(d) / theta) / growth)
                 start = gaussian_start(problem, rank, alpha, seed)
                 measures = {"angle": angle_measures(target)["angle_A"]}
                 trace = descend(problem, start, rate, limit, measures=measures)

@@ -18,7 +18,7 @@ FULL: dict[str, dict[str, Any]] = {
     "alignment_in_time": {"d": 256, "sizes": (1e-5,), "seeds": range(6), "steps": 100},
     "size_of_start": {
         "dimensions": (64, 256),
-        "sizes": (1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0),
+        "sizes": (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1),
         "seeds": range(3),
         "steps": 200,
     },

@@ -1,8 +1,27 @@
-"""Tables for the notebook."""
+"""What ``Toy_Experiments.ipynb`` needs around its experiments: silence, one thread, tables."""
 
+import logging
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
+
+import torch
+
+
+def prepare() -> None:
+    """Keep other libraries' notices out of the notebook, and sum on one thread.
+
+    On one thread sums have one order: the same numbers on every run.
+    """
+    # Without ipywidgets tqdm falls back to text, and transformers' bars are off anyway.
+    warnings.filterwarnings("ignore", message="IProgress not found")
+    # bitsandbytes, which PEFT imports where it is installed, looks for a kernel nobody needs here.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    from lora_one.harness.console import quiet_libraries
+
+    quiet_libraries()
+    torch.set_num_threads(1)
 
 
 @dataclass(frozen=True)
