@@ -1,5 +1,6 @@
 """What the pictures share."""
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -41,6 +42,12 @@ def number_ticks(axis: Axis, numbers: Sequence[float]) -> None:
     axis.set_ticks(list(numbers))
     axis.set_minor_locator(NullLocator())
     axis.set_major_formatter(ScalarFormatter())
+
+
+def power(number: float) -> str:
+    """Write a power of ten as such, and other numbers as they are."""
+    exponent = round(math.log10(number))
+    return f"$10^{{{exponent}}}$" if math.isclose(number, 10.0**exponent) else f"{number:g}"
 
 
 def shades(count: int) -> list[tuple[float, ...]]:

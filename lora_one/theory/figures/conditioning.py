@@ -34,7 +34,7 @@ def conditioning(
     first.set_ylim(1e-17, 1e3)
     letter(
         first,
-        "a  error from the spectral start",
+        "(a) error from the spectral start",
         "step t",
         "$\\|A_tB_t - \\Delta\\|_F\\,/\\,\\|\\Delta\\|_F$",
     )
@@ -53,8 +53,8 @@ def conditioning(
         axes.set_yscale("log")
         axes.set_ylim(10, 6 * limit if axes is second else 3000)
         axes.legend(loc="upper left")
-    letter(second, "b  steps to $10^{-6}$", "condition number κ(Δ)", "steps")
-    letter(third, "c  the same, damped", "condition number κ(Δ)", "steps")
+    letter(second, "(b) steps to $10^{-6}$", "condition number κ(Δ)", "steps")
+    letter(third, "(c) the same, damped", "condition number κ(Δ)", "steps")
     return figure
 
 

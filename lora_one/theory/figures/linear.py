@@ -16,6 +16,7 @@ from lora_one.theory.figures.common import (
     band,
     colour_of,
     number_ticks,
+    power,
     shades,
     stack,
 )
@@ -35,7 +36,7 @@ def alignment(traces: Sequence[Trace], theta: float, times: Sequence[AlignmentTi
     left.set_yscale("log")
     left.set_ylim(1e-17, 5)
     left.legend(loc="center right")
-    letter(left, "a  B is aligned after one step, A soon", "step t", "sine of the largest angle")
+    letter(left, "(a) B is aligned after one step, A soon", "step t", "sine of the largest angle")
     conditions = sorted({row.condition for row in times})
     for condition, colour, marker in zip(conditions, (BLUE, ORANGE), "os", strict=False):
         rows = [row for row in times if row.condition == condition]
@@ -56,7 +57,7 @@ def alignment(traces: Sequence[Trace], theta: float, times: Sequence[AlignmentTi
     right.set_ylim(low, high + 0.25 * (high - low))
     letter(
         right,
-        "b  alignment time grows like ½ ln d",
+        "(b) alignment time grows like ½ ln d",
         "input dimension d",
         "$t^*\\,\\ln(1 + \\eta\\lambda_{r^*}(G))$",
     )
@@ -78,17 +79,17 @@ def size_of_start(runs: Mapping[int, Mapping[float, Sequence[Trace]]], shown: in
     left.legend()
     letter(
         left,
-        "a  a smaller start aligns better",
+        "(a) smaller starts align better",
         "size α of A at the start",
         "smallest sine of A's angle over t",
     )
     for size, colour in zip(sorted(runs[shown]), shades(len(runs[shown])), strict=True):
         traces = runs[shown][size]
-        band(right, traces[0].steps, stack(traces, "loss"), colour, f"α = {size:g}")
+        band(right, traces[0].steps, stack(traces, "loss"), colour, f"α = {power(size)}")
     right.set_yscale("log")
     right.set_ylim(bottom=1e-12)
     right.legend(ncols=2, loc="lower left")
-    letter(right, f"b  and takes off later (d = {shown})", "step t", "training loss")
+    letter(right, f"(b) and take off later (d = {shown})", "step t", "training loss")
     return figure
 
 
@@ -105,8 +106,8 @@ def race(runs: Mapping[str, Tuned], table: Sequence[Mapping[str, float]]) -> Fig
         left.plot(run.trace.steps, loss, color=colour_of(method), ls=line, label=label)
     left.set_yscale("log")
     left.set_ylim(1e-24, 10)
-    left.legend(loc="upper right", ncols=1)
-    letter(left, "a  loss, each at its best rate", "step t", "training loss")
+    left.legend(loc="lower left")
+    letter(left, "(a) loss, each at its best rate", "step t", "training loss")
     shown = [row for row in table if not row["method"].startswith("LoRA, ")]
     shown = [next(row for row in table if row["method"].startswith("LoRA, ")), *shown]
     names = (
@@ -130,7 +131,7 @@ def race(runs: Mapping[str, Tuned], table: Sequence[Mapping[str, float]]) -> Fig
     right.set_ylim(0, 1.45)
     right.legend(loc="upper right", ncols=1)
     right.grid(axis="x", visible=False)
-    letter(right, "b  before the first step", "", "sine of the angle, relative error")
+    letter(right, "(b) before the first step", "", "sine of the angle, relative error")
     return figure
 
 
@@ -147,7 +148,9 @@ def phase_portrait(portrait: Portrait) -> Figure:
     floor = 1e-3
     height = (portrait.loss + floor).log10()
     b, a = torch.meshgrid(portrait.b, portrait.a, indexing="ij")
-    solid.plot_surface(a, b, height, cmap=SEQUENTIAL, alpha=0.75, lw=0, rcount=160, ccount=160)
+    solid.plot_surface(
+        a, b, height, cmap=SEQUENTIAL, alpha=0.75, lw=0, rcount=90, ccount=90, rasterized=True
+    )
     solid.view_init(elev=48, azim=-62)
     solid.set_zlabel("log$_{10}$ loss", labelpad=2)
     solid.tick_params(pad=0, labelsize=8)
@@ -183,9 +186,9 @@ def phase_portrait(portrait: Portrait) -> Figure:
     flat.set_xlim(-extent, extent)
     flat.set_ylim(-extent, extent)
     flat.grid(visible=False)
-    letter(solid, "a  the surface", "$a_1$ (along G)", "b")
-    letter(flat, "b  from above", "$a_1$ (along G)", "b")
-    letter(curve, "c  the way down", "step t", "training loss")
+    letter(solid, "(a) the surface", "$a_1$ (along G)", "b")
+    letter(flat, "(b) from above", "$a_1$ (along G)", "b")
+    letter(curve, "(c) the way down", "step t", "training loss")
     return figure
 
 
@@ -209,10 +212,10 @@ def ranks(rows: Sequence[RankRow], true_rank: int) -> Figure:
     all_ranks = sorted({row.rank for row in rows})
     _by_rank(first, rows, "LoRA-GA", "first_step", "LoRA-GA's first step")
     _by_rank(first, rows, "LoRA-One", "first_step", "LoRA-One's start")
-    letter(first, "a  share of the gradient", "rank r", "squared cosine to G")
+    letter(first, "(a) share of the gradient", "rank r", "squared cosine to G")
     _by_rank(second, rows, "LoRA-GA", "start_angle", "LoRA-GA")
     _by_rank(second, rows, "LoRA-One", "start_angle", "LoRA-One")
-    letter(second, "b  B at the start", "rank r", "sine of B's angle to $V_{r^*}(\\Delta)$")
+    letter(second, "(b) B at the start", "rank r", "sine of B's angle to $V_{r^*}(\\Delta)$")
     for method in ("LoRA", "LoRA-GA", "LoRA-One"):
         _by_rank(third, rows, method, "error", method)
     floors = [next(row.floor for row in rows if row.rank == rank) for rank in all_ranks]
@@ -220,7 +223,7 @@ def ranks(rows: Sequence[RankRow], true_rank: int) -> Figure:
     third.plot(all_ranks, floors, "_", color=GREY, ms=16, mew=2, label="best shift of rank r")
     third.set_yscale("log")
     error = "$\\|W_T - W - \\Delta\\|_F\\,/\\,\\|\\Delta\\|_F$"
-    letter(third, "c  where training ends", "rank r", error)
+    letter(third, "(c) where training ends", "rank r", error)
     for axes, bottom, top in ((first, 0, 1.12), (second, -0.05, 1.12), (third, 1e-18, 1e2)):
         axes.set_ylim(bottom, top)
         axes.axvline(true_rank, color=GREY, lw=1, ls=":")

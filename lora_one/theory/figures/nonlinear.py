@@ -7,7 +7,7 @@ from matplotlib.figure import Figure
 
 from lora_one.plot_style import BLACK, BLUE, GREY, ORANGE, RED, canvas, letter, styled
 from lora_one.theory.digits import DigitRun, Plane
-from lora_one.theory.figures.common import band, colour_of
+from lora_one.theory.figures.common import band, colour_of, number_ticks
 from lora_one.theory.nonlinear import Convergence, SampleRow
 
 
@@ -27,7 +27,7 @@ def relu_convergence(results: Sequence[Convergence]) -> Figure:
         axes.plot(result.bound(), color=GREY, lw=1.2, ls="-.", label="bound of theorem 4.2")
         axes.set_yscale("log")
         axes.set_ylim(1e-13, 3)
-        letter(axes, f"{name}  κ = {result.condition:g}", "step t", "")
+        letter(axes, f"({name}) κ = {result.condition:g}", "step t", "")
     panels[0].set_ylabel("$\\|A_tB_t - \\Delta\\|_F\\,/\\,\\|\\Delta\\|_F$")
     panels[-1].legend(loc="lower left")
     return figure
@@ -41,9 +41,9 @@ def sample_sizes(rows: Sequence[SampleRow]) -> Figure:
     panels = figure.subplots(1, 3, sharey=True)
     signals = sorted({row.signal for row in rows})
     what = (
-        ("left", "a  input side, $U_{r^*}$"),
-        ("right", "b  output side, $V_{r^*}$"),
-        ("gap", "c  error of the start, best γ"),
+        ("left", "(a) input side, $U_{r^*}$"),
+        ("right", "(b) output side, $V_{r^*}$"),
+        ("gap", "(c) error of the start, best γ"),
     )
     for axes, (name, title) in zip(panels, what, strict=True):
         for model, line, marker in zip(models, ("-", "--"), "os", strict=True):
@@ -65,6 +65,7 @@ def sample_sizes(rows: Sequence[SampleRow]) -> Figure:
         )
         axes.set_xscale("log", base=2)
         axes.set_yscale("log")
+        number_ticks(axes.yaxis, (0.01, 0.02, 0.05, 0.1, 0.2, 0.5))
         letter(axes, title, "samples N", "")
     panels[0].set_ylabel("sine of the angle, relative error")
     panels[0].legend(loc="lower left")
@@ -82,7 +83,7 @@ def digits(runs: Sequence[Mapping[str, DigitRun]], plane: Plane) -> Figure:
         band(left, torch.arange(len(losses)), losses, colour_of(label), name, line)
     left.set_yscale("log")
     left.legend()
-    letter(left, "a  fine-tuning on even digits", "step t", "training loss")
+    letter(left, "(a) fine-tuning on even digits", "step t", "training loss")
     height = plane.loss.log10()
     filled = right.contourf(plane.x, plane.y, height, levels=20, cmap="Greys", alpha=0.8)
     figure.colorbar(filled, ax=right, label="log$_{10}$ loss", shrink=0.9)
@@ -93,7 +94,7 @@ def digits(runs: Sequence[Mapping[str, DigitRun]], plane: Plane) -> Figure:
     right.grid(visible=False)
     letter(
         right,
-        f"b  the paths in a plane ({plane.share:.0%} of them)",
+        f"(b) the paths in a plane ({plane.share:.0%} of them)",
         "first direction",
         "second direction",
     )
