@@ -89,7 +89,15 @@ def digits(runs: Sequence[Mapping[str, DigitRun]], plane: Plane) -> Figure:
     figure.colorbar(filled, ax=right, label="log$_{10}$ loss", shrink=0.9)
     for label, marker in (("full", "o"), ("LoRA", "s"), ("LoRA-One", "D")):
         path = plane.paths[label]
-        right.plot(path[:, 0], path[:, 1], color=colour_of(label), marker=marker, ms=3.5, lw=1.5)
+        right.plot(
+            path[:, 0],
+            path[:, 1],
+            color=colour_of(label),
+            marker=marker,
+            ms=3.5,
+            lw=1.5,
+            markevery=4,
+        )
         right.plot(path[-1:, 0], path[-1:, 1], "*", color=colour_of(label), ms=16, mec="white")
     right.grid(visible=False)
     letter(
