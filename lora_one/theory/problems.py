@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Protocol
 
+import numpy
 import torch
 from torch import Tensor
 
@@ -74,10 +75,8 @@ def sample_covariance(d: int, samples: int, seed: int) -> Tensor:
     if samples < d:
         raise ValueError(f"{samples} rows are fewer than {d} columns.")
     R = normal(seed, "Bartlett", d, d).triu(1)
-    freedom = torch.arange(samples, samples - d, -1, dtype=torch.float64)
-    generator = private_generator(seed, f"chi{d}")
-    # A χ² number is 2 Γ(degrees / 2).
-    R.diagonal().copy_((2 * torch._standard_gamma(freedom / 2, generator=generator)).sqrt())
+    squares = numpy.random.default_rng([seed, d]).chisquare(numpy.arange(samples, samples - d, -1))
+    R.diagonal().copy_(torch.from_numpy(squares).sqrt())
     return R.T @ R / samples
 
 
