@@ -10,6 +10,11 @@ from lora_one.numerics.preconditioner import precondition
 from lora_one.theory.problems import Problem
 from lora_one.theory.starts import Start
 
+BLOCK = 64
+"""Steps between two looks at whether all descents of a batch have arrived."""
+DIVERGED = 1e6
+"""Relative error from which a descent is given up."""
+
 Measure = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
@@ -96,46 +101,36 @@ def steps_until(
     limit: int,
     preconditioned: bool = False,
     damping: float = 0.0,
-    look_every: int = 1,
 ) -> Tensor:
     """Return after how many steps ``||P - Δ||_F <= tolerance ||Δ||_F`` first holds, inf if never.
 
     Args:
         problem: as in ``descend``.
-        start: as in ``descend``.
+        start: as in ``descend``, without an offset.
         rate: as in ``descend``.
         tolerance: relative.
         limit: steps at most.
         preconditioned: as in ``descend``.
         damping: as in ``descend``.
-        look_every: how often to look; the answer is a multiple of it.
     """
-    reached: Tensor | None = None
-    done = 0
-    stage = start
-    while done < limit:
-        block = min(look_every * 64, limit - done)
+    reached: Tensor | float = torch.inf
+    for done in range(0, limit, BLOCK):
         trace = descend(
             problem,
-            stage,
+            start,
             rate,
-            block,
+            min(BLOCK, limit - done),
             preconditioned=preconditioned,
             damping=damping,
             measures={"error": lambda A, B, P: relative_error(problem, P)},
-            every=look_every,
         )
         errors = trace["error"]
-        if reached is None:
-            reached = torch.full(errors.shape[1:], torch.inf, dtype=torch.float64)
-        good = errors <= tolerance
-        first = torch.where(good.any(0), trace.steps[good.double().argmax(0)] + done, torch.inf)
-        reached = torch.minimum(reached, first.double())
-        done += block
-        finite = errors[-1].isfinite() & (errors[-1] < 1e6)
-        if bool((reached.isfinite() | ~finite).all()):
+        close = errors <= tolerance
+        first = torch.where(close.any(0), done + close.double().argmax(0), torch.inf)
+        reached = first.clamp(max=reached)
+        if bool((reached.isfinite() | ~(errors[-1] < DIVERGED)).all()):
             break
-        stage = Start(trace.A, trace.B)
+        start = Start(trace.A, trace.B)
     return reached
 
 
