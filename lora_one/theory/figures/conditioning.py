@@ -77,8 +77,8 @@ def _counts(axes: Axes, row: Iterations, limit: int, colour: str, marker: str) -
 
 @styled
 def adamw(rows: Sequence[AdamRow], steps: int) -> Figure:
-    """Errors after a fixed number of AdamW steps against κ."""
-    figure = canvas(1, width=6.4)
+    """Errors after a fixed number of AdamW steps against κ: geometric means over the seeds."""
+    figure = canvas(1, width=8.6)
     axes = figure.subplots()
     for start, line in (("spectral", "-"), ("random", ":")):
         for label, colour, marker in (("AdamW", BLACK, "o"), ("preconditioned AdamW", BLUE, "s")):
@@ -87,7 +87,7 @@ def adamw(rows: Sequence[AdamRow], steps: int) -> Figure:
             y = torch.tensor([[r.error for r in chosen if r.condition == c] for c in x])
             axes.plot(
                 x,
-                y.median(-1).values,
+                y.log().mean(-1).exp(),
                 color=colour,
                 marker=marker,
                 ls=line,

@@ -207,32 +207,35 @@ def _paths_by_step(axes: Axes, portrait: Portrait) -> None:
 @styled
 def ranks(rows: Sequence[RankRow], true_rank: int) -> Figure:
     """What one step holds of G, where B points, and where training ends, against the rank."""
-    figure = canvas(3, width=4.7)
-    first, second, third = figure.subplots(1, 3)
+    figure = canvas(2, 2, width=5.4, height=3.5)
+    (first, second), (third, fourth) = figure.subplots(2, 2)
     all_ranks = sorted({row.rank for row in rows})
     _by_rank(first, rows, "LoRA-GA", "first_step", "LoRA-GA's first step")
     _by_rank(first, rows, "LoRA-One", "first_step", "LoRA-One's start")
-    letter(first, "(a) share of the gradient", "rank r", "squared cosine to G")
+    letter(first, "(a) share of the gradient", "", "squared cosine to G")
     _by_rank(second, rows, "LoRA-GA", "start_angle", "LoRA-GA")
     _by_rank(second, rows, "LoRA-One", "start_angle", "LoRA-One")
-    letter(second, "(b) B at the start", "rank r", "sine of B's angle to $V_{r^*}(\\Delta)$")
-    for method in ("LoRA", "LoRA-GA", "LoRA-One"):
-        _by_rank(third, rows, method, "error", method)
-    floors = [next(row.floor for row in rows if row.rank == rank) for rank in all_ranks]
-    floors = [max(floor, ROUNDING) for floor in floors]
-    third.plot(all_ranks, floors, "_", color=GREY, ms=16, mew=2, label="best shift of rank r")
-    third.set_yscale("log")
+    letter(second, "(b) B at the start", "", "sine of B's angle to $V_{r^*}(\\Delta)$")
+    floors = {row.rank: row.floor for row in rows}
     error = "$\\|W_T - W - \\Delta\\|_F\\,/\\,\\|\\Delta\\|_F$"
-    letter(third, "(c) where training ends", "rank r", error)
-    for axes, bottom, top in ((first, 0, 1.12), (second, -0.05, 1.12), (third, 1e-18, 1e2)):
-        axes.set_ylim(bottom, top)
+    for axes, title in ((third, "(c) where training ends"), (fourth, "(d) the same, logarithmic")):
+        for method in ("LoRA", "LoRA-GA", "LoRA-One"):
+            _by_rank(axes, rows, method, "error", method)
+        drawn = [rank for rank in all_ranks if floors[rank] > 0 or axes is third]
+        best = [floors[rank] for rank in drawn]
+        axes.plot(drawn, best, "_", color=RED, ms=18, mew=2, label="best shift of rank r")
+        letter(axes, title, "rank r", error)
+    fourth.set_yscale("log")
+    limits = ((0, 1.12), (-0.05, 1.12), (-0.03, 0.9), (1e-17, 1e2))
+    for axes, limit in zip((first, second, third, fourth), limits, strict=True):
+        axes.set_ylim(limit)
         axes.axvline(true_rank, color=GREY, lw=1, ls=":")
         axes.set_xticks(all_ranks)
         place = {"va": "top", "fontsize": 9, "transform": axes.get_xaxis_transform()}
         axes.text(true_rank + 0.15, 0.99, "r = r*", color=GREY, **place)
     first.legend(loc="lower right")
     second.legend(loc="center right")
-    third.legend(loc="lower left")
+    third.legend(loc="upper right", bbox_to_anchor=(1, 0.95))
     return figure
 
 
