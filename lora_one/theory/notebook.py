@@ -1,9 +1,11 @@
 """What ``Toy_Experiments.ipynb`` needs around its experiments: silence, one thread, tables."""
 
+import inspect
 import logging
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -48,11 +50,14 @@ def _cell(value: Any) -> str:
     return str(value)
 
 
-def parameters(options: Mapping[str, Any]) -> str:
-    """Return options as one line of text."""
-    return "parameters: " + ", ".join(
-        f"{name} = {_short(value)}" for name, value in options.items()
-    )
+def parameters(options: Mapping[str, Any], *functions: Callable[..., Any]) -> str:
+    """Return options, and the functions' own values for the others, as one line of text."""
+    values = dict(options)
+    for function in functions:
+        for name, parameter in inspect.signature(function).parameters.items():
+            if parameter.default is not inspect.Parameter.empty:
+                values.setdefault(name, parameter.default)
+    return "parameters: " + ", ".join(f"{name} = {_short(value)}" for name, value in values.items())
 
 
 def _short(value: Any) -> str:
@@ -60,4 +65,8 @@ def _short(value: Any) -> str:
         return f"{value.start}..{value.stop - 1}" if len(value) > 1 else str(value.start)
     if isinstance(value, tuple):
         return "(" + ", ".join(_short(one) for one in value) + ")"
+    if isinstance(value, type):
+        return value.__name__
+    if isinstance(value, Path):
+        return value.name
     return f"{value:g}" if isinstance(value, float) else str(value)

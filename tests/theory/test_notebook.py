@@ -63,7 +63,7 @@ def test_every_picture_has_its_statement_and_what_to_see():
         if cell["cell_type"] == "code" and "figures." in source(cell):
             assert "**Statement.**" in source(before)
             assert "**What to see.**" in source(before)
-            assert "print(parameters(" in source(cell)
+            assert "parameters(" in source(cell)
 
 
 def test_sizes_name_the_same_experiments(monkeypatch):

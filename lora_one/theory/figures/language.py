@@ -55,7 +55,7 @@ def one_step(result: OneStepLosses, trained: Mapping[int, float], shown: Sequenc
         )
     axes.axhline(result.base, color=BLACK, lw=1.2, label="base model")
     for step, shade in zip(shown, ("-.", "--", ":"), strict=False):
-        axes.axhline(trained[step], color=GREY, lw=1.2, ls=shade, label=f"LoRA, {step} steps")
+        axes.axhline(trained[step], color=GREY, lw=1.2, ls=shade, label=f"LoRA at step {step}")
     axes.set_xscale("log")
     axes.set_ylim(0, 1.6 * result.base)
     axes.legend(loc="upper left", bbox_to_anchor=(1.01, 1))
