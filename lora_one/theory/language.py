@@ -290,3 +290,31 @@ def accuracy(problem: LanguageProblem, model: nn.Module, rows: int) -> float:
         max_new_tokens=48,
     )
     return result.metrics["accuracy"]
+
+
+def outcomes(
+    problem: LanguageProblem,
+    step: OneStepLosses,
+    trained: Mapping[str, TrainedRun],
+    test_rows: int,
+) -> list[dict[str, Any]]:
+    """Return validation loss and test accuracy of the base model, of each step and each run."""
+    base = problem.model()
+    rows = [_outcome(problem, "base", base, test_rows)]
+    for label, shift in step.best.items():
+        with shifted(base, shift, 1.0):
+            rows.append(_outcome(problem, f"one step, {label}", base, test_rows))
+    for label, run in trained.items():
+        label = f"{label}, {max(run.losses)} steps"
+        rows.append(_outcome(problem, label, run.model, test_rows))
+    return rows
+
+
+def _outcome(
+    problem: LanguageProblem, label: str, model: nn.Module, test_rows: int
+) -> dict[str, Any]:
+    return {
+        "model": label,
+        "validation loss": problem.loss(model),
+        "test accuracy": accuracy(problem, model, test_rows),
+    }

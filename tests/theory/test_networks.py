@@ -6,11 +6,11 @@ import torch
 from lora_one.numerics.svd import truncated_svd
 from lora_one.theory.digits import digit_batch, fine_tune, plane_of
 from lora_one.theory.language import (
-    accuracy,
     by_kind,
     follow,
     language_problem,
     one_step_losses,
+    outcomes,
     shifted,
 )
 
@@ -74,8 +74,16 @@ def test_a_shift_is_taken_back_even_after_an_error(problem):
     assert torch.equal(weight, before)
 
 
-def test_untouched_model_answers_nothing(problem):
-    assert accuracy(problem, problem.model(), 2) == 0
+def test_outcomes_are_those_of_the_base_and_of_each_step(problem):
+    step = one_step_losses(problem, rates=(0.1,))
+    rows = outcomes(problem, step, {}, 2)
+    assert [row["model"] for row in rows] == [
+        "base",
+        *(f"one step, {label}" for label in step.best),
+    ]
+    losses = [step.base, *(losses[0.1] for losses in step.losses.values())]
+    assert [row["validation loss"] for row in rows] == pytest.approx(losses, rel=1e-5)
+    assert rows[0]["test accuracy"] == 0
 
 
 def test_too_many_rows_are_refused():
