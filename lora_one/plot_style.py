@@ -122,8 +122,9 @@ class Picture:
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         (folder / f"{self.name}.png").write_bytes(self.png)
-        # Without a date, the same picture gives the same file.
-        self.figure.savefig(folder / f"{self.name}.svg", metadata={"Date": None})
+        # Without a date, and with the style's salt, the same picture gives the same file.
+        with style():
+            self.figure.savefig(folder / f"{self.name}.svg", metadata={"Date": None})
 
 
 def finish(figure: Figure, name: str) -> Picture:

@@ -105,7 +105,7 @@ def test_preconditioned_descent_does_not_see_the_condition_number():
 
 
 def test_preconditioned_adamw_stays_exact_where_adamw_does_not():
-    rows = adamw_errors((1e4,), (0,), steps=150, rates=(0.004, 0.016))
+    rows = adamw_errors((1e4,), (0,), steps=400, rates=(0.004,))
     errors = {row.label: row.error for row in rows if row.start == "spectral"}
     assert errors["preconditioned AdamW"] < 1e-2 * errors["AdamW"]
 
