@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: run report test lint format clean
+.PHONY: run report test notebook lint format clean
 
 run: $(VENV)/installed
 	$(BIN)/python run_exp.py -m init=lora,pissa,lora_ga,lora_one
@@ -16,6 +16,12 @@ test: $(VENV)/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/python -m pytest
+
+# Toy_Experiments.ipynb from top to bottom, in place; its pictures also in results/figures.
+notebook: $(VENV)/installed
+	OMP_NUM_THREADS=1 LORA_ONE_FIGURES=results/figures $(BIN)/python -m nbconvert \
+		--to notebook --execute --inplace --ExecutePreprocessor.timeout=900 \
+		--ExecutePreprocessor.record_timing=False Toy_Experiments.ipynb
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .
