@@ -1,4 +1,4 @@
-"""How every picture of this repository looks: fonts, colours, sizes, and how it becomes a file.
+"""How the pictures of ``lora_one.theory`` look: fonts, colours, sizes, and how they become files.
 
 Figures are made without pyplot, on the Agg canvas: no window, no global state, the same pixels on
 a cluster node, in a notebook and in a test. Colours are those of Okabe and Ito (2008), which
@@ -35,7 +35,7 @@ METHOD_COLOURS = {
     "lora_one": BLUE,
     "full_ft": RED,
 }
-"""One colour per method, in every picture."""
+"""One hue per method, the same as in the reports (``lora_one.reports.style``)."""
 
 CYCLE = (BLUE, RED, GREEN, ORANGE, PINK, SKY, BLACK)
 """For series that are no methods; yellow is left out, since it is too pale for a line."""

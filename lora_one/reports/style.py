@@ -63,7 +63,7 @@ DARK = Theme(
         "#9aa5b0",
     ),
 )
-# These methods have one colour in every picture of the repository; others take what is left.
+# These methods have one hue in every picture, also in the notebook's; others take what is left.
 METHOD_ORDER = ("lora_one", "lora", "pissa", "lora_ga", "full_ft")
 MARKERS = ("o", "s", "^", "D", "v", "P")
 DASHES: tuple[tuple[float, ...], ...] = ((), (6, 3), (2, 2), (8, 2, 2, 2), (4, 1, 1, 1, 1, 1))
@@ -111,7 +111,7 @@ def _variables(theme: Theme) -> str:
 
 
 def matplotlib_settings(theme: Theme = LIGHT) -> dict[str, Any]:
-    """Return what ``matplotlib.rc_context`` takes; the notebook uses the same."""
+    """Return what ``matplotlib.rc_context`` takes."""
     return {
         "figure.facecolor": theme.background,
         "axes.facecolor": theme.background,
