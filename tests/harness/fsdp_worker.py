@@ -14,6 +14,7 @@ import torch.distributed as dist
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from lora_one.harness import fsdp, stages
 from lora_one.harness.compose import compose_config, composer
+from lora_one.harness.peers import together
 from lora_one.sharding import is_cut, own_part
 from run_exp import CONF, run
 
@@ -46,11 +47,12 @@ def main(folder: Path) -> None:
         seen[-1]["adapter"] = digest.hexdigest()
 
     fsdp.average_gradients, stages.evaluate = averaged, evaluated
-    for overrides in json.loads((folder / "overrides.json").read_text()):
-        seen.append({"reduced": []})
-        with composer(CONF):
-            config = compose_config(overrides)
-        run(config)
+    with together():
+        for overrides in json.loads((folder / "overrides.json").read_text()):
+            seen.append({"reduced": []})
+            with composer(CONF):
+                config = compose_config(overrides)
+            run(config)
     (folder / f"seen-{dist.get_rank()}.json").write_text(json.dumps(seen))
     dist.barrier()
     dist.destroy_process_group()
