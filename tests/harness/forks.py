@@ -143,6 +143,8 @@ def _run(run_exp: object, command: dict) -> None:
     os.dup2(output, 2)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     os.environ.update(command["environment"])
+    # A suite in the background is started deaf to Ctrl-C, and a run would inherit that.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     sys.argv = ["run_exp.py", *command["overrides"]]
     status = 99
     try:
