@@ -1,6 +1,8 @@
 """The presets of published tables: they say what was published, and the command line still wins."""
 
 import json
+import re
+import shlex
 import socket
 import subprocess
 import sys
@@ -340,6 +342,33 @@ def test_the_header_says_what_a_reader_has_to_know(name):
     for label in ("Source", "Run", "Expect", "Hardware"):
         assert f"\n# {label} " in text
     assert f"experiment={name}" in text
+
+
+def commands(name: str) -> list[list[str]]:
+    """Return the overrides of every ``run_exp.py`` command in a preset's header."""
+    text = (FOLDER / f"{name}.yaml").read_text()
+    joined = re.sub(r"\\\n#\s*", "", text)
+    found = re.findall(r"python run_exp\.py (?:-m )?(.+)", joined)
+    return [shlex.split(command, comments=True) for command in found]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_choice_in_the_commands_of_a_header_composes(compose, name):
+    for overrides in commands(name):
+        # Instead of the whole product, which has a hundred points: each value at least once.
+        swept = [
+            [f"{key}={value}" for value in ([values] if "[" in values else values.split(","))]
+            for key, _, values in (override.partition("=") for override in overrides)
+        ]
+        for at in range(max(map(len, swept))):
+            compose(*(choices[at % len(choices)] for choices in swept))
+
+
+def test_the_commands_of_a_header_are_found():
+    assert commands("lora_one/table3")[1] == [
+        *("experiment=lora_one/table3", "init=lora,lora_ga,lora_one", "dataset=code_feedback"),
+        "evaluation.allow_code_execution=true",
+    ]
 
 
 def test_every_preset_has_a_row_in_the_documentation():
