@@ -39,7 +39,16 @@ Act = Callable[[list[Point], bool], int]
 SWEEP_FLAGS = {"-m", "--multirun"}
 HELP_FLAGS = {"--help", "-h", "--hydra-help", "--version", "--shell-completion", "-sc"}
 # Keys that decide what has to be on this machine.
-PREPARED = {"dataset", "dataset_name", "experiment", "train", "evaluate", "seed", "output_dir"} | {
+PREPARED = {
+    "dataset",
+    "dataset_name",
+    "experiment",
+    "smoke",
+    "train",
+    "evaluate",
+    "seed",
+    "output_dir",
+} | {
     f"model{suffix}"
     for suffix in ("", ".name", ".type", ".revision", ".max_length", ".trust_remote_code")
 }

@@ -8,6 +8,7 @@ from pathlib import Path
 from hydra import compose, initialize_config_dir
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.global_hydra import GlobalHydra
+from hydra.core.object_type import ObjectType
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import (
     ConfigCompositionException,
@@ -41,6 +42,11 @@ def composer(conf: Path) -> Iterator[None]:
 
 def compose_config(overrides: Sequence[str]) -> Config:
     """Compose and validate one configuration; call inside ``composer``."""
+    for override in overrides:
+        group, _, choice = override.partition("=")
+        if group in GROUPS and choice.lower() in ("true", "false"):
+            # For a choice that is no text Hydra has a bare ValueError.
+            raise InputError(_no_such_choice(group, choice, _choices(group)))
     try:
         composed = compose("config", list(overrides))
         return validate(OmegaConf.to_container(composed, resolve=True))
@@ -88,13 +94,26 @@ def _force(override: str) -> str:
 
 
 def _explain_missing_choice(error: MissingConfigException) -> str:
-    group, _, choice = (error.missing_cfg_file or "").rpartition("/")
-    options = list(error.options or [])
+    group, _, choice = (error.missing_cfg_file or "").partition("/")
+    options = _choices(group) if group in GROUPS else []
     if not options:
         return _first_line(error)
+    return _no_such_choice(group, choice, options)
+
+
+def _no_such_choice(group: str, choice: str, options: Sequence[str]) -> str:
     return (
         f"{group}={choice}: no such choice.{nearest(choice, options)} Valid: {', '.join(options)}."
     )
+
+
+def _choices(group: str) -> list[str]:
+    """List what ``group=`` can be, with the files of its folders as ``folder/file``."""
+    loader = GlobalHydra.instance().config_loader()
+    choices = loader.get_group_options(group, ObjectType.CONFIG)
+    for folder in loader.get_group_options(group, ObjectType.GROUP):
+        choices += [f"{folder}/{choice}" for choice in _choices(f"{group}/{folder}")]
+    return choices
 
 
 def _first_line(error: Exception) -> str:

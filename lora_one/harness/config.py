@@ -8,7 +8,17 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 # The groups of conf/config.yaml's defaults list.
-GROUPS = ("dataset", "model", "peft", "init", "optimizer", "tracking", "launcher")
+GROUPS = (
+    "dataset",
+    "model",
+    "peft",
+    "init",
+    "optimizer",
+    "tracking",
+    "launcher",
+    "experiment",
+    "smoke",
+)
 
 # init.direction, in the spelling of the papers -> method name of lora_one.initialize.
 METHODS = {

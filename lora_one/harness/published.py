@@ -7,7 +7,8 @@ each change in one line:
 official                        here
 ==============================  ===============================================================
 ``+group=x``, ``++group=x``     ``group=x`` (our defaults list already has every group)
-``++dataset_name=x``            ``dataset=x`` and, unless given, the ``model=`` of that benchmark
+``++dataset_name=x``            ``dataset=x`` and, unless a model or an ``experiment`` is given, the
+                                ``model=`` of that benchmark
 ``++init.direction=LoRA-One``   ``init=lora_one``: the method decides scale, gamma and offset too
 ``++init.weight=...``           dropped: the official code never reads it
 ``peft.use_loraplus=True``      ``optimizer=loraplus``
@@ -98,8 +99,8 @@ def translate(overrides: Sequence[str]) -> tuple[list[str], list[str]]:
         kept.append(f"init={preset}")
         notes.append(f"{override} is read as init={preset}")
     named = [_split(o)[1] for o in overrides if _split(o)[0] == "dataset_name"]
-    models = {"model", "model.name", "evaluate.adapter"}
-    if named and not models & set(keys):
+    choosers = {"model", "model.name", "evaluate.adapter", "experiment"}
+    if named and not choosers & set(keys):
         model = PUBLISHED_MODELS.get(named[-1], DEFAULT_PUBLISHED_MODEL)
         kept.append(f"model={model}")
         notes.append(f"dataset_name={named[-1]} without a model means model={model}, as published")
