@@ -18,6 +18,7 @@ import sys
 import threading
 import time
 import traceback
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
@@ -251,7 +252,7 @@ class _Link:
         os.close(self._socket.detach())
 
 
-class _Channel:
+class _Channel(ABC):
     """What rank 0's end of the connections and the others' have in common."""
 
     def __init__(self) -> None:
@@ -259,23 +260,23 @@ class _Channel:
         self._calls = 0
         self._attended: BaseException | None = None
 
-    def open(self) -> None:
-        raise NotImplementedError
+    @abstractmethod
+    def open(self) -> None: ...
 
-    def share(self, value: Any) -> Any:
-        raise NotImplementedError
+    @abstractmethod
+    def share(self, value: Any) -> Any: ...
 
-    def gather(self, value: Any) -> list[Any]:
-        raise NotImplementedError
+    @abstractmethod
+    def gather(self, value: Any) -> list[Any]: ...
 
-    def attend(self, error: BaseException) -> None:
-        raise NotImplementedError
+    @abstractmethod
+    def attend(self, error: BaseException) -> None: ...
 
-    def leave(self, error: BaseException | None) -> None:
-        raise NotImplementedError
+    @abstractmethod
+    def leave(self, error: BaseException | None) -> None: ...
 
-    def links(self) -> list[_Link]:
-        raise NotImplementedError
+    @abstractmethod
+    def links(self) -> list[_Link]: ...
 
     def close(self) -> None:
         for link in self.links():
