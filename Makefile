@@ -12,10 +12,12 @@ run: $(VENV)/installed
 report: run
 	$(BIN)/python -m lora_one.reports results
 
+# Two files of tests at a time, on one thread each; those that share the one SLURM by themselves.
 test: $(VENV)/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --ignore tests/slurm
+	$(BIN)/python -m pytest tests/slurm
 
 # Toy_Experiments.ipynb from top to bottom, in place; its pictures also in results/figures.
 notebook: $(VENV)/installed
