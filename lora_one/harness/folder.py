@@ -58,6 +58,8 @@ def run_id(config: Config) -> str:
     same command finds its run again.
     """
     rank = f"r{config.peft.lora_r}" if config.peft.use_peft else "full"
+    if config.init.rank_allocation != "uniform":
+        rank += f"_{config.init.rank_allocation}"
     how = [rank, config.optimizer.name, f"lr{config.model.learning_rate:g}"]
     seed: int | None = config.seed
     if config.evaluate.adapter is not None:
@@ -79,7 +81,11 @@ def settings_digest(config: Config) -> str:
         given = settings[section].get(key)
         if isinstance(given, str) and Path(given).exists():
             settings[section][key] = str(Path(given).resolve())
-    settings = without(settings, NOT_PART_OF_THE_RUN | unread(config))
+    keys = NOT_PART_OF_THE_RUN | unread(config)
+    if config.init.rank_allocation == "uniform":
+        # A choice that adds nothing to a run adds nothing to its name.
+        keys.add("init.rank_allocation")
+    settings = without(settings, keys)
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
 
 

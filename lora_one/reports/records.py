@@ -130,7 +130,8 @@ def _read_settings(file: Path) -> dict[str, Any]:
     nested = yaml.load(file.read_text(encoding="utf-8"), Loader=_Loader)  # noqa: S506 - a safe one
     if not isinstance(nested, dict):
         raise ValueError(f"config.yaml holds a {type(nested).__name__}, expected a mapping")
-    return _flatten(without(nested, NOT_PART_OF_THE_RUN))
+    # A run has the same name with this key and without it, so it has the same settings.
+    return {"init.rank_allocation": "uniform"} | _flatten(without(nested, NOT_PART_OF_THE_RUN))
 
 
 def _defect(record: dict[str, Any], settings: dict[str, Any]) -> str | None:
