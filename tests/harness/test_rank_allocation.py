@@ -1,7 +1,5 @@
 """``init.rank_allocation``: names, refusals, and one run from the plan to a plain PEFT adapter."""
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -9,12 +7,12 @@ from peft import PeftConfig
 
 from lora_one.errors import InputError
 from lora_one.harness.config import METHODS, WEIGHT_METHODS
+from lora_one.harness.dry_run import show_plan
 from lora_one.harness.folder import run_id
 from lora_one.numerics import factors
 from lora_one.reports.records import find_runs
 from lora_one.reports.table import summarise
 
-ROOT = Path(__file__).parents[2]
 ENERGY = "init.rank_allocation=energy"
 
 
@@ -46,7 +44,6 @@ def test_the_schema_knows_which_methods_start_from_the_weight():
     [
         (["peft=full_ft", "init=lora"], "peft=full_ft has no ranks"),
         (["peft=adalora", "init=lora"], "adalora allocates ranks by itself"),
-        (["evaluate.adapter=here"], "is there already, with its ranks"),
         (["init=lora", "init.bsz=null"], "init.bsz is needed by init.rank_allocation=energy"),
     ],
 )
@@ -55,37 +52,36 @@ def test_what_has_no_ranks_to_allocate_is_refused(compose, overrides, message):
         compose(ENERGY, *overrides)
 
 
+def test_the_ranks_of_an_adapter_that_is_there_are_its_own(compose, tmp_path):
+    (tmp_path / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+    (tmp_path / "adapter_model.safetensors").touch()
+    with pytest.raises(InputError, match="is there already, with its ranks"):
+        compose(ENERGY, f"evaluate.adapter={tmp_path}")
+
+
 def test_an_unknown_rule_is_answered_with_the_valid_ones(compose):
     with pytest.raises(InputError, match="expected 'uniform' or 'energy'"):
         compose("init.rank_allocation=spectral")
 
 
-def test_from_the_plan_to_the_table(small, run, read, capsys):
+def test_from_the_plan_to_the_table(small, run, read, forks, capsys):
     """The command line once with ranks by energy, then the uniform run, and both in one table."""
     config = small("init=lora", ENERGY)
-    command = [
+    show_plan([config])
+    assert "1 to 16, by energy, within the parameters of rank 4" in capsys.readouterr().out
+    child = forks.start(
         *["init=lora", ENERGY, f"model.name={config.model.name}"],
         *[f"dataset.path={config.dataset.path}", f"output_dir={config.output_dir}"],
         *["dataset.max_new_tokens=4", "dataset.train_rows=16", "model.max_steps=2"],
         *["model.real_batch_size=8", "model.per_device_batch_size=4", "peft.lora_r=4"],
         "evaluation.batch_size=8",
-    ]
-    answers = [
-        subprocess.run(
-            [sys.executable, str(ROOT / "run_exp.py"), *command, *more],
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        for more in (["dry_run=true"], [])
-    ]
-    assert [answer.returncode for answer in answers] == [0, 0], answers[-1].stderr
-    assert "1 to 16, by energy, within the parameters of rank 4" in answers[0].stdout
+    )
+    assert child.wait() == 0, child.said
 
     folder = Path(config.output_dir) / run_id(config)
     record, report = read(folder, "run.json"), read(folder, "init.json")
     allocation = report["rank_allocation"]
-    assert f"ranks: {allocation['summary']}" in answers[1].stdout
+    assert f"ranks: {allocation['summary']}" in child.said
     assert {layer["name"]: layer["rank"] for layer in report["layers"]} == allocation["ranks"]
     assert allocation["captured_energy"] > allocation["uniform_energy"]
     assert allocation["parameters"] <= allocation["budget"]
@@ -105,7 +101,6 @@ def test_from_the_plan_to_the_table(small, run, read, capsys):
     column = results.columns.index("init.rank_allocation")
     assert sorted(row[column] for row in results.rows) == ["energy", "uniform"]
     assert "init.bsz" not in results.columns, "it follows from the rule"
-    assert "already done" not in capsys.readouterr().out
 
 
 def test_a_run_without_the_key_is_grouped_with_uniform_ones(small, run):
