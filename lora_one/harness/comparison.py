@@ -68,7 +68,8 @@ class Arm:
     def run(self, setting: Setting, *more: str) -> Point:
         """Compose a run of it at a setting; call inside ``composer``."""
         values = [f"{TUNED[name]}={v!r}" for name, v in zip(self.names, setting, strict=True)]
-        overrides = (*self.overrides, *values, *more, "comparison=null")
+        own = [one for one in self.overrides if _key(one).partition(".")[0] != "comparison"]
+        overrides = (*own, *values, *more, "comparison=none")
         return Point(overrides, compose_config(overrides))
 
     def words(self, setting: Setting) -> str:

@@ -16,6 +16,7 @@ GROUPS = (
     "optimizer",
     "tracking",
     "launcher",
+    "comparison",
     "experiment",
     "smoke",
 )
@@ -352,7 +353,8 @@ class Config(Section):
     wandb: WandbConfig
     launcher: LauncherConfig
     comparison: ComparisonConfig | None = Field(
-        None, description="null: one run, or a sweep; experiment=fair/<task> fills it"
+        None,
+        description="null: one run, or the points of a sweep as they are",
     )
     parallelism: Literal["ddp", "fsdp2", "zero2", "zero3"] = Field(
         description="what several ranks share beside the rows: ddp nothing, fsdp2 the base's "
