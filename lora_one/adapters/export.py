@@ -123,7 +123,8 @@ def export_adapter(
     layers, errors, squares = {}, {}, [0.0, 0.0]
     for name, plain in _plain_layers(peft_model, adapter_name, rank is not None).items():
         if rank is not None:
-            plain, tail, total = _truncated(plain, rank)
+            # Equal ranks and equal alphas, so that the cut adapter needs no patterns.
+            plain, tail, total = _truncated(replace(plain, alpha=config.lora_alpha), rank)
             errors[name] = math.sqrt(tail / total) if total else 0.0
             squares = [squares[0] + tail, squares[1] + total]
         layers[name] = plain

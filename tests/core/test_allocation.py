@@ -163,8 +163,22 @@ def test_plain_peft_reads_the_exported_adapter(llama, llama_batches, tmp_path, m
     for batch in llama_batches:
         expected = logits(model, batch)
         assert (logits(reloaded, batch) - expected).abs().max() < 1e-5 * expected.abs().max() + 1e-5
-    scalings = {layer.s for layer in adapted_layers(reloaded)}
-    assert max(scalings) == pytest.approx(min(scalings), rel=1e-12)
+    config = reloaded.peft_config["default"]
+    without_patterns = config.lora_alpha / (math.sqrt(config.r) if rslora else config.r)
+    for layer in adapted_layers(reloaded):
+        assert layer.s == pytest.approx(without_patterns, rel=1e-12)
+
+
+def test_an_adapter_that_is_cut_to_one_rank_needs_no_patterns(llama, llama_batches, tmp_path):
+    _, model = allocated(llama, llama_batches)
+    perturb(model)
+    largest = max(layer.r for layer in adapted_layers(model))
+    lora_one.export_adapter(model, tmp_path / "adapter", rank=largest)
+    reloaded = PeftModel.from_pretrained(copy.deepcopy(llama), tmp_path / "adapter")
+    config = reloaded.peft_config["default"]
+    assert (config.r, config.rank_pattern, config.alpha_pattern) == (largest, {}, {})
+    expected = logits(model, llama_batches[0])
+    assert torch.allclose(logits(reloaded, llama_batches[0]), expected, atol=1e-5)
 
 
 def test_a_merge_keeps_the_logits(llama, llama_batches):
