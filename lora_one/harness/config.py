@@ -222,6 +222,22 @@ class PreemptionConfig(Section):
     max_attempts: Count = Field(description="give up after so many attempts without progress")
 
 
+class DiagnosticsConfig(Section):
+    """What is measured of an adapter while it trains; it changes nothing of the training."""
+
+    layers: Count | Literal["all"] | list[str] | None = Field(
+        description="how many, spread over depth; all; or names, endings, shell patterns; null: off"
+    )
+    every_steps: Count | None = Field(description="null: with the loss, model.logging_steps")
+    rank: Count | None = Field(
+        description="leading directions that are compared; null: the adapter's rank"
+    )
+    rows: Count | None = Field(
+        description="training rows of the gradient; null: those of the start's gradient, or the "
+        "first eight"
+    )
+
+
 class WandbConfig(Section):
     """Where Weights & Biases keeps the run."""
 
@@ -295,6 +311,7 @@ class Config(Section):
     export: ExportConfig
     checkpoints: CheckpointsConfig
     preemption: PreemptionConfig
+    diagnostics: DiagnosticsConfig
     tracking: Literal["none", "wandb"]
     wandb: WandbConfig
     launcher: LauncherConfig
