@@ -246,7 +246,7 @@ class WandbConfig(Section):
     entity: str | None = Field(description="user or team; null: the key's own")
     group: str | None = Field(None, description="null: the sweep that the run is a point of")
     tags: list[str] = Field([], description="to filter runs by")
-    log_plots: bool = Field(False, description="charts of the losses and of the singular values")
+    log_plots: bool = Field(False, description="charts of the losses and of singular values")
     log_adapter: bool = Field(False, description="upload the exported adapter as an artifact")
     timeout_seconds: Positive = Field(
         30.0, description="the longest that a finished run waits for W&B"

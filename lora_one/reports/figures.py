@@ -515,10 +515,10 @@ def _update_spectra(arms: Sequence[Arm], evidence: Evidence) -> Figure | None:
         return None
     return Figure(
         "update-spectrum",
-        "Singular values of the update",
+        "Singular values of the update, last step",
         "index of the singular value",
         "σᵢ / σ₁",
-        "Of s (B A - B0 A0) at the last step. Line: median over layers and seeds; band: quartiles. "
+        "Of s (B A - B0 A0). Line: median over layers and seeds; band: quartiles. "
         "A start other than 0 gives an update of rank 2 r.",
         tuple(series),
         y_log=True,
