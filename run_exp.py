@@ -45,11 +45,12 @@ def run(config: Config) -> dict[str, Any]:
         with record.phase("load"):
             base = stages.load(config, plan, record)
         with record.phase("init"):
+            reference = stages.take_reference(config, plan, base, record)
             model = stages.initialise(config, plan, base, record, tracker)
         with record.phase("export"):
             stages.rehearse_export(config, plan, model, record)
         with record.phase("train"):
-            stages.train(config, plan, model, record, tracker)
+            stages.train(config, plan, model, reference, record, tracker)
         with record.phase("export"):
             stages.export(config, plan, model, record)
         with record.phase("eval"):

@@ -16,7 +16,12 @@ from lora_one.errors import InputError, RunHeldError
 from lora_one.harness.compose import Point
 from lora_one.harness.console import say
 from lora_one.harness.exit_status import BAD_INPUT, DONE, FAILED, TRY_AGAIN
-from lora_one.harness.folder import finished_record, read_record, run_id
+from lora_one.harness.folder import (
+    finished_record,
+    other_diagnostics,
+    read_record,
+    run_id,
+)
 from lora_one.harness.lease import (
     LOOKS_PER_EXPIRY,
     Lease,
@@ -91,8 +96,10 @@ class Agenda:
             if not self._open:
                 self._wait()
             index = self._open.popleft()
-            if finished_record(self._points[index].config):
-                self._say(index, "already done")
+            config = self._points[index].config
+            if record := finished_record(config):
+                remark = other_diagnostics(config, record)
+                self._say(index, "already done" if remark is None else f"already done, {remark}")
             elif self._take(index):
                 self._say(index)
                 return Step(point=index)

@@ -250,6 +250,22 @@ class PreemptionConfig(Section):
     max_attempts: Count = Field(description="give up after so many attempts without progress")
 
 
+class DiagnosticsConfig(Section):
+    """What is measured of an adapter while it trains; it changes nothing of the training."""
+
+    layers: Count | Literal["all"] | list[str] | None = Field(
+        description="how many, spread over depth; all; or names, endings, shell patterns; null: off"
+    )
+    every_steps: Count | None = Field(description="null: with the loss, model.logging_steps")
+    rank: Count | None = Field(
+        description="leading directions that are compared; null: the adapter's rank"
+    )
+    rows: Count | None = Field(
+        description="training rows of the gradient; null: those of the start's gradient, or the "
+        "first eight"
+    )
+
+
 class WandbConfig(Section):
     """Where Weights & Biases keeps the run."""
 
@@ -258,7 +274,7 @@ class WandbConfig(Section):
     entity: str | None = Field(description="user or team; null: the key's own")
     group: str | None = Field(None, description="null: the sweep that the run is a point of")
     tags: list[str] = Field([], description="to filter runs by")
-    log_plots: bool = Field(False, description="charts of the losses and of the singular values")
+    log_plots: bool = Field(False, description="charts of the losses and of singular values")
     log_adapter: bool = Field(False, description="upload the exported adapter as an artifact")
     timeout_seconds: Positive = Field(
         30.0, description="the longest that a finished run waits for W&B"
@@ -349,6 +365,7 @@ class Config(Section):
     export: ExportConfig
     checkpoints: CheckpointsConfig
     preemption: PreemptionConfig
+    diagnostics: DiagnosticsConfig
     tracking: Literal["none", "wandb"]
     wandb: WandbConfig
     launcher: LauncherConfig

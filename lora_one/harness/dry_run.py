@@ -14,6 +14,7 @@ from lora_one.errors import InputError
 from lora_one.harness.config import Config
 from lora_one.harness.console import make_console, quiet_libraries
 from lora_one.harness.data import make_task, require_consent
+from lora_one.harness.diagnostics import choose_layers
 from lora_one.harness.folder import read_record, run_id
 from lora_one.harness.models import Base, find_base, skeleton
 from lora_one.harness.plan import make_plan, plan_adapter
@@ -72,6 +73,7 @@ def foresee(config: Config) -> Outlook:
     """Work out target layers, parameters, steps and memory from configs and skeletons."""
     base = find_base(config.model, planning=True, task=TASKS[config.dataset.name])
     adapter, shapes = plan_adapter(config, base)
+    choose_layers(config.diagnostics.layers, list(shapes))
     task = make_task(config.dataset)
     require_consent(config, task)
     origin = task.origin()

@@ -26,6 +26,7 @@ NOT_PART_OF_THE_RUN = {
     "comparison",
     "checkpoints",
     "preemption",
+    "diagnostics",
     "parallelism",
     "evaluation.batch_size",
     "evaluation.allow_code_execution",
@@ -149,6 +150,18 @@ def finished_record(config: Config) -> dict[str, Any] | None:
         known = (record.get("adapter") or {}).get("sha256")
         return record if known == read_adapter(config.evaluate.adapter).sha256 else None
     return record
+
+
+def other_diagnostics(config: Config, record: dict[str, Any]) -> str | None:
+    """Say that a finished run has not logged the diagnostics that are asked for now, if so."""
+    asked = config.diagnostics
+    logged = (record.get("diagnostics") or {}).get("settings")
+    if asked.layers is None or logged == asked.model_dump():
+        return None
+    return (
+        f"without the diagnostics asked for ({'others' if logged else 'none'} were logged); remove "
+        "its folder to run it again with them"
+    )
 
 
 def write_atomically(path: Path, text: str) -> None:

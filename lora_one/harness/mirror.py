@@ -35,6 +35,7 @@ CONNECT_SECONDS = 3.0
 SHARE_OF_INIT, SHARE_OF_FINISH = 0.4, 0.8
 COLUMNS = ("layer", "out", "in", "rank", "sigma_1", "sigma_r", "sigma_r+1")
 FACTS = ("status", "losses", "phases", "train")
+UPDATE_SPECTRUM = "update_singular_values/"
 MEASURES = ("captured_energy", "norm_ratio", "svd_error")
 
 
@@ -244,7 +245,7 @@ class Mirror:
             self.run.summary["init_layers"] = table
 
     def _draw(self) -> None:
-        """Draw the losses over the steps, and every layer's singular values."""
+        """Draw the losses over the steps, and spectra: the start's and the last update's."""
         from wandb.plot import line_series
 
         values = [values for _, values in Lines(self._lines.path).new()]
@@ -266,10 +267,17 @@ class Mirror:
                 if layer["singular_values"]
             }
             if spectra:
-                ys = list(spectra.values())
-                xs = [list(range(1, len(y) + 1)) for y in ys]
                 title = f"singular values, {report['method']}"
-                charts["plots/spectra"] = line_series(xs, ys, list(spectra), title, "index")
+                charts["plots/spectra"] = _spectra(spectra, title)
+        # A list has no chart of its own in W&B; the last one of each layer gets one.
+        updates = {
+            key.removeprefix(UPDATE_SPECTRUM): value
+            for line in values
+            for key, value in line.items()
+            if key.startswith(UPDATE_SPECTRUM)
+        }
+        if updates:
+            charts["plots/update_spectra"] = _spectra(updates, "singular values of the update")
         if charts:
             self.run.log(charts, step=max(self._next - 1, 0))
 
@@ -292,6 +300,14 @@ _NOT_THIS_MACHINE: dict[str, Any] = {
     "x_disable_machine_info": True,
     "x_save_requirements": False,
 }
+
+
+def _spectra(layers: dict[str, list[float]], title: str) -> Any:
+    """Return a chart of every layer's singular values over their index."""
+    from wandb.plot import line_series
+
+    ys = list(layers.values())
+    return line_series([list(range(1, len(y) + 1)) for y in ys], ys, list(layers), title, "index")
 
 
 def _singular_values(layer: dict[str, Any]) -> list[float | None]:

@@ -12,6 +12,7 @@ from lora_one.evaluation.evaluate import plan_jobs
 from lora_one.harness.config import Config
 from lora_one.harness.console import quiet_libraries
 from lora_one.harness.data import Batch, Data, init_batches, load_data
+from lora_one.harness.diagnostics import choose_layers, reference_batches
 from lora_one.harness.evaluation import check_engine
 from lora_one.harness.given_adapter import WEIGHTS, GivenAdapter, read_adapter
 from lora_one.harness.models import (
@@ -44,6 +45,8 @@ class Plan:
         shapes: (out, in) of the layers that the adapter changes.
         init_batches: Batches of the one-step gradient, or of the init loss alone; may be none.
         given: The adapter that is there already, if one is evaluated.
+        diagnosed: Layers that are looked at while they train.
+        reference: Batches of the gradient that they are compared with.
     """
 
     base: Base
@@ -55,6 +58,8 @@ class Plan:
     shapes: dict[str, tuple[int, int]]
     init_batches: list[Batch]
     given: GivenAdapter | None
+    diagnosed: list[str]
+    reference: list[Batch]
 
 
 def make_plan(config: Config) -> Plan:
@@ -70,6 +75,7 @@ def make_plan(config: Config) -> Plan:
     given = given_adapter(config)
     adapter, shapes = plan_adapter(config, base)
     require_whole_weights(config, adapter)
+    diagnosed = choose_layers(config.diagnostics.layers, list(shapes))
     tokenizer = load_tokenizer(base, config.model)
     data = load_data(config, tokenizer, base)
     plan_jobs(data.test, config.evaluation.samples)
@@ -87,7 +93,19 @@ def make_plan(config: Config) -> Plan:
         ),
     )
     batches = init_batches(config, data, collator) if config.peft.use_peft else []
-    return Plan(base, tokenizer, data, collator, schedule, adapter, shapes, batches, given)
+    return Plan(
+        base,
+        tokenizer,
+        data,
+        collator,
+        schedule,
+        adapter,
+        shapes,
+        batches,
+        given,
+        diagnosed,
+        reference_batches(config, data, collator, batches),
+    )
 
 
 def given_adapter(config: Config) -> GivenAdapter | None:

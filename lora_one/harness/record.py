@@ -36,7 +36,7 @@ METRICS = "metrics.jsonl"
 # What a resumed run keeps; the rest is made again.
 KEPT = {checkpoints.FOLDER, METRICS, "init.json", "run.json", "wandb"}
 # What the record knows when a checkpoint is written, in that checkpoint.
-KNOWN, KNOWN_FACTS = "record.json", ("losses", "init", "phases")
+KNOWN, KNOWN_FACTS = "record.json", ("losses", "init", "diagnostics", "phases")
 
 
 class RunRecord:
@@ -217,7 +217,8 @@ class RunRecord:
         """Measure the seconds and the peak memory of one phase of the run.
 
         A phase may come more than once, and inside another (a validation during training): it
-        adds up, and the outer phase is not charged for it.
+        adds up, and the outer phase is not charged for it. Only the end of an outer phase is
+        written down: that takes longer than a short inner one.
         """
         self._book()
         if not self._phases:
@@ -228,7 +229,8 @@ class RunRecord:
         yield
         self._book()
         self._phases.pop()
-        self._save()
+        if not self._phases:
+            self._save()
 
     def seconds(self, name: str) -> float:
         """Return the seconds that a phase has used so far."""

@@ -36,6 +36,7 @@ def identity_of(config: Config, data: Data, base: str | None) -> dict[str, Any]:
         "rows": rows | {"test": _hash([example.row_id for example in data.test])},
         "template": data.facts["template"],
         "ranks": world_size(),
+        "diagnostics": config.diagnostics.model_dump() if config.diagnostics.layers else None,
         "versions": {name: _version(name) for name in VERSIONED},
     }
 
@@ -98,6 +99,11 @@ def _explain(part: str, there: dict[str, Any], here: dict[str, Any]) -> str:
         return f"was written with base weights {there['base']}, and these are {here['base']}"
     if part == "ranks":
         return f"was written by {there['ranks']} ranks, and these are {here['ranks']}"
+    if part == "diagnostics":
+        return (
+            f"was written with diagnostics={there.get(part)}, and these are {here[part]}: half of "
+            "the log would lack them"
+        )
     if part == "rows":
         splits = [name for name in here["rows"] if here["rows"][name] != there["rows"].get(name)]
         return f"was written with other {' and '.join(splits)} rows: the dataset has changed"

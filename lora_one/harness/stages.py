@@ -11,10 +11,11 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from lora_one.diagnostics import gradient_spaces
 from lora_one.errors import NonFiniteError
 from lora_one.evaluation.journal import FINAL, discard
 from lora_one.evaluation.loss import mean_token_loss
-from lora_one.harness import evaluation, fsdp, initialization, resume, training
+from lora_one.harness import diagnostics, evaluation, fsdp, initialization, resume, training
 from lora_one.harness import export as exporting
 from lora_one.harness import plan as planning
 from lora_one.harness.checkpoint import Checkpoint
@@ -23,6 +24,8 @@ from lora_one.harness.console import say
 from lora_one.harness.data import Batch, batches_of, remarks, sandbox_remark
 from lora_one.harness.devices import device, require_devices
 from lora_one.harness.diagnosis import NOTHING_FOUND, locate
+from lora_one.harness.diagnostics import Observer, Spaces, measurement
+from lora_one.harness.folder import other_diagnostics
 from lora_one.harness.init_table import show_layers
 from lora_one.harness.models import (
     base_dtype,
@@ -34,7 +37,7 @@ from lora_one.harness.models import (
 from lora_one.harness.peers import agree
 from lora_one.harness.plan import Plan
 from lora_one.harness.provenance import provenance
-from lora_one.harness.ranks import connect, is_main, world_size
+from lora_one.harness.ranks import connect, is_main, rank, world_size
 from lora_one.harness.record import RunRecord
 from lora_one.harness.resumable import Fill
 from lora_one.harness.tracking import Tracker, start_tracking
@@ -53,6 +56,7 @@ __all__ = [
     "rehearse_export",
     "report_done",
     "report_finished",
+    "take_reference",
     "tracking",
     "train",
 ]
@@ -129,6 +133,36 @@ def _keep_tokens(plan: Plan) -> None:
         say(f"warning: the tokenised rows could not be kept for later runs: {error}")
 
 
+def take_reference(
+    config: Config, plan: Plan, base: PreTrainedModel, record: RunRecord
+) -> Spaces | None:
+    """Decompose the base model's one-step gradient, which ``diagnostics=`` compares with, if so.
+
+    A run that goes on has done so already.
+    """
+    if not plan.diagnosed:
+        return None
+    if record.resumed is not None:
+        return diagnostics.load_spaces(record.resumed.path)
+    directions = config.diagnostics.rank or config.peft.lora_r
+    with record.phase("diagnostics"):
+        spaces, seen = gradient_spaces(
+            base,
+            plan.reference[rank() :: world_size()],
+            plan.diagnosed,
+            directions,
+            seed=config.init.seed,
+            keeps=is_main(),
+        )
+    facts = {"layers": plan.diagnosed, "rank": directions, "tokens": seen.tokens, "loss": seen.loss}
+    record.update(diagnostics={"settings": config.diagnostics.model_dump(), **facts})
+    say(
+        f"diagnostics: {len(plan.diagnosed)} layers, {directions} directions of the gradient of "
+        f"{seen.tokens:,} tokens"
+    )
+    return spaces
+
+
 def initialise(
     config: Config, plan: Plan, base: PreTrainedModel, record: RunRecord, tracker: Tracker
 ) -> Any:
@@ -171,7 +205,14 @@ def rehearse_export(config: Config, plan: Plan, model: Any, record: RunRecord) -
             exporting.rehearse_export(config, plan.base, model, record.folder, _probe(plan))
 
 
-def train(config: Config, plan: Plan, model: Any, record: RunRecord, tracker: Tracker) -> None:
+def train(
+    config: Config,
+    plan: Plan,
+    model: Any,
+    reference: Spaces | None,
+    record: RunRecord,
+    tracker: Tracker,
+) -> None:
     """Train, and keep the losses; with ``train=none`` the start is the result."""
     if plan.schedule is None:
         losses = record.facts["losses"]
@@ -194,6 +235,8 @@ def train(config: Config, plan: Plan, model: Any, record: RunRecord, tracker: Tr
         def fill_and_identify(folder: Path) -> None:
             fill(folder)
             resume.write_identity(folder, identity)
+            if reference is not None:
+                diagnostics.save_spaces(reference, folder)
 
         record.keep(step, fill_and_identify)
 
@@ -207,6 +250,7 @@ def train(config: Config, plan: Plan, model: Any, record: RunRecord, tracker: Tr
         folder=str(record.folder),
         keep=keep,
         checkpoint=record.resumed,
+        observers=_observers(config, plan, model, reference, record, tracker),
     )
     record.facts["losses"] |= {
         "train": facts.pop("train_loss"),
@@ -214,6 +258,26 @@ def train(config: Config, plan: Plan, model: Any, record: RunRecord, tracker: Tr
     }
     facts["tokens_per_second"] = round(facts["tokens"] / record.seconds("train"), 1)
     record.update(train=facts)
+
+
+def _observers(
+    config: Config,
+    plan: Plan,
+    model: Any,
+    reference: Spaces | None,
+    record: RunRecord,
+    tracker: Tracker,
+) -> list[Observer]:
+    if reference is None or not is_main():
+        return []
+    values = measurement(model, plan.diagnosed, reference)
+
+    def observe(step: int) -> None:
+        with record.phase("diagnostics"):
+            _log(record, tracker, step=step, **values())
+
+    every = config.diagnostics.every_steps or config.model.logging_steps
+    return [Observer(model, observe, every, plan.schedule.total_steps)]
 
 
 def evaluate(config: Config, plan: Plan, model: Any, record: RunRecord, tracker: Tracker) -> None:
@@ -294,7 +358,11 @@ def report_done(record: RunRecord) -> dict[str, Any]:
 
 def report_finished(record: RunRecord) -> dict[str, Any]:
     """Say that an earlier run of the same configuration stands."""
-    return _report(record, record.finished, "already done")
+    finished = record.finished
+    remark = other_diagnostics(record.config, finished)
+    if remark is not None:
+        say(f"note: {record.run_id} is finished {remark}")
+    return _report(record, finished, "already done")
 
 
 def _report(record: RunRecord, facts: dict[str, Any], word: str) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """Training with the Hugging Face Trainer: our loss, our records, and a stop at the first NaN."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -86,6 +86,7 @@ def train(
     folder: str,
     keep: Callable[[int, Fill], None],
     checkpoint: Checkpoint | None,
+    observers: Sequence[TrainerCallback] = (),
 ) -> dict[str, Any]:
     """Train ``model`` in place, or what is left of its training.
 
@@ -102,6 +103,7 @@ def train(
         folder: The run folder.
         keep: Writes the checkpoint of a step, given what fills its folder; called on rank 0.
         checkpoint: What to go on from; its weights are in ``model`` already.
+        observers: Look on, and change nothing.
 
     Returns:
         Facts for the record: steps, tokens, last losses.
@@ -116,7 +118,7 @@ def train(
         state = recall_state(checkpoint)
         recall_losses(journal, checkpoint, state)
         return _facts(state, journal)
-    callbacks: list[TrainerCallback] = [journal]
+    callbacks: list[TrainerCallback] = [journal, *observers]
     if config.peft.adalora:
         callbacks.append(RankAllocation(model))
     trainer = TRAINERS[config.parallelism](

@@ -20,7 +20,7 @@ from lora_one.harness.config import (
     Section,
     needs_gradient,
 )
-from lora_one.harness.parallelism import check_parallelism
+from lora_one.harness.parallelism import DEEPSPEED, check_parallelism
 from lora_one.harness.slurm.options import check_launcher
 from lora_one.harness.task_options import check_options, describe, require_task
 
@@ -141,6 +141,7 @@ def _check_consistency(config: Config) -> None:
     check_parallelism(config)
     _check_allocation(config)
     _check_evaluation(config)
+    _check_diagnostics(config)
     _check_comparison(config)
     if config.launcher.name == "slurm":
         check_launcher(config.launcher)
@@ -201,6 +202,36 @@ def _check_evaluation(config: Config) -> None:
         )
 
 
+def _check_diagnostics(config: Config) -> None:
+    asked, off = config.diagnostics, "Give diagnostics.layers=null"
+    if asked.layers is None:
+        given = [f"diagnostics.{key}={value}" for key, value in asked if value is not None]
+        if given:
+            raise InputError(
+                f"{given[0]} has no effect without diagnostics.layers. Say which: "
+                "diagnostics.layers=4 (spread over depth), all, or [q_proj,v_proj]."
+            )
+        return
+    if asked.layers == []:
+        raise InputError("diagnostics.layers=[] names no layer. Write null, 4, all or a list.")
+    if not config.trains:
+        what = "train=none" if config.evaluate.adapter is None else "evaluate.adapter"
+        raise InputError(f"diagnostics follow a training, and {what} has none. {off}.")
+    if not config.peft.use_peft or config.peft.adalora:
+        what = "peft=adalora has P diag(E) Q" if config.peft.adalora else "peft=full_ft has none"
+        raise InputError(f"diagnostics compare the factors B and A, and {what}. {off}.")
+    if config.parallelism in DEEPSPEED:
+        raise InputError(
+            f"parallelism={config.parallelism}: DeepSpeed keeps the factors in pieces while it "
+            f"trains, and diagnostics need them whole. Give parallelism=ddp or fsdp2. {off}."
+        )
+    if asked.rank is not None and asked.rank > config.peft.lora_r:
+        raise InputError(
+            f"diagnostics.rank={asked.rank}: the factors have peft.lora_r={config.peft.lora_r} "
+            "directions. Give at most that, or null for all of them."
+        )
+
+
 def _check_comparison(config: Config) -> None:
     comparison = config.comparison
     if comparison is None:
@@ -241,7 +272,7 @@ def _explain(error: ValidationError, composed: Mapping[str, Any]) -> str:
     path = [str(part) for part in first["loc"]]
     if path[0] in UNIONS and len(path) > 2:
         path.pop(1)
-    if path[0] in ("peft", "init", "evaluation", "launcher"):
+    if path[0] in ("peft", "init", "evaluation", "diagnostics", "launcher"):
         path = path[:2]
     key = ".".join(path)
     kind = first["type"]

@@ -1,4 +1,4 @@
-"""Angles between subspaces: how close an adapter stays to where it started."""
+"""Angles between subspaces: where the factors of an adapter point."""
 
 import torch
 from torch import Tensor
@@ -37,3 +37,22 @@ def principal_angles(X: Tensor, Y: Tensor) -> Tensor:
     cosines = torch.linalg.svdvals(C).clamp(max=1)
     sines = torch.linalg.svdvals(Q_Y - Q_X @ C).clamp(max=1).flip(0)
     return torch.where(cosines**2 > 0.5, torch.asin(sines), torch.acos(cosines))
+
+
+def leading_directions(X: Tensor, k: int) -> Tensor | None:
+    """Return orthonormal columns (d, k) that span the k leading left singular vectors of X.
+
+    ``X = Q R`` and ``R = U S Vᵀ`` give ``Q U[:, :k]``, at the cost of ``d p²``.
+
+    Args:
+        X: (d, p), at least as many rows as columns.
+        k: how many directions, at most p.
+
+    Returns:
+        None where X does not have k directions: its k-th singular value is lost in the rounding of
+        the first, as all are in a zero factor.
+    """
+    Q, R = torch.linalg.qr(X.to(torch.promote_types(X.dtype, torch.float32)))
+    U, S, _ = torch.linalg.svd(R)
+    rounding = X.shape[1] * torch.finfo(S.dtype).eps * S[0]
+    return Q @ U[:, :k] if S[k - 1] > rounding else None

@@ -77,6 +77,10 @@ def describe_run(
         "metric": _curve(curve([trace.metric], detail.buckets)),
         "angles": {side: _layers(layers, detail) for side, layers in trace.angles.items()},
         "norms": _layers(trace.update_norms, detail),
+        "spectra": {
+            layer: rounded(values)
+            for layer, values in islice(trace.update_spectra.items(), detail.layers)
+        },
         "log": {"lines": trace.lines, "skipped": trace.skipped, "notFinite": trace.not_finite},
         "replies": sample_replies(run.folder, detail),
     }

@@ -15,6 +15,8 @@ from lora_one.reports.statistics import mean, sd
 from lora_one.reports.traces import Curve, Points, Trace, curve, median_over_layers
 
 BUCKETS = 200
+# Singular values below this part of the largest are rounding.
+ROUNDING = 1e-6
 DIGITS = 5
 
 
@@ -112,6 +114,7 @@ def make_figures(block: Block, evidence: Evidence) -> list[Figure]:
         _angles(arms, evidence, "B"),
         _angles(arms, evidence, "A"),
         _norms(arms, evidence),
+        _update_spectra(arms, evidence),
     ]
     return [figure for figure in candidates if figure is not None]
 
@@ -419,14 +422,7 @@ def _spectra(arms: Sequence[Arm], evidence: Evidence) -> Figure | None:
         if not rows:
             continue
         drawn.add(method)
-        longest = max(map(len, rows))
-        by_index = [[row[at] for row in rows if len(row) > at] for at in range(longest)]
-        quartiles = np.array([np.percentile(values, [25, 50, 75]) for values in by_index])
-        places = [float(at + 1) for at in range(longest)]
-        low, middle, high = quartiles.T.tolist()
-        series.append(
-            Series(method, method, arm.chosen.optimiser, "line", places, middle, low, high)
-        )
+        series.append(Series(method, method, arm.chosen.optimiser, "line", *_by_index(rows)))
     if not series:
         return None
     return Figure(
@@ -439,6 +435,14 @@ def _spectra(arms: Sequence[Arm], evidence: Evidence) -> Figure | None:
         tuple(series),
         y_log=True,
     )
+
+
+def _by_index(rows: Sequence[Sequence[float]]) -> list[list[float]]:
+    """Return, over spectra: index, median, lower and upper quartile."""
+    longest = max(map(len, rows))
+    by_index = [[row[at] for row in rows if len(row) > at] for at in range(longest)]
+    low, middle, high = np.array([np.percentile(values, [25, 50, 75]) for values in by_index]).T
+    return [np.arange(1.0, longest + 1).tolist(), middle.tolist(), low.tolist(), high.tolist()]
 
 
 def _spectra_of(run: Run, evidence: Evidence) -> list[list[float]]:
@@ -491,7 +495,31 @@ def _norms(arms: Sequence[Arm], evidence: Evidence) -> Figure | None:
         "Norm of the update",
         "step",
         "Frobenius norm",
-        "Of s (B A - B0 A0) where the start is offset, else of s B A. Line: median over layers and "
+        "Of s (B A - B0 A0), what training has added to the start. Line: median over layers and "
         "seeds; band: smallest to largest.",
         series,
+    )
+
+
+def _update_spectra(arms: Sequence[Arm], evidence: Evidence) -> Figure | None:
+    series = []
+    for arm in arms:
+        spectra = [s for t in _traces(arm.chosen, evidence) for s in t.update_spectra.values()]
+        # Without what is lost in rounding: a logarithm would draw nothing else.
+        rows = [[v / s[0] for v in s if v > ROUNDING * s[0]] for s in spectra if s and s[0] > 0]
+        if rows:
+            chosen = arm.chosen
+            drawn = _by_index(rows)
+            series.append(Series(arm.name, chosen.method, chosen.optimiser, "line", *drawn))
+    if not series:
+        return None
+    return Figure(
+        "update-spectrum",
+        "Singular values of the update, last step",
+        "index of the singular value",
+        "σᵢ / σ₁",
+        "Of s (B A - B0 A0). Line: median over layers and seeds; band: quartiles. "
+        "A start other than 0 gives an update of rank 2 r.",
+        tuple(series),
+        y_log=True,
     )

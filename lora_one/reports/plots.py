@@ -12,6 +12,8 @@ if TYPE_CHECKING:
 
 SIZE = (6.4, 4.0)
 FORMATS = ("png", "svg")
+# Lines of so many points show each of them.
+FEW = 12
 
 
 def write_plots(figures: Sequence[Figure], folder: Path, prefix: str = "") -> list[Path]:
@@ -52,6 +54,7 @@ def _draw(axes: "Axes", figure: Figure) -> None:
         axes.set_yscale("log")
     colours = colour_indices([series.method for series in figure.series])
     optimisers = list(dict.fromkeys(series.optimiser for series in figure.series))
+    marker = "o" if all(len(series.x) <= FEW for series in figure.series) else None
     named: set[str] = set()
     for series in figure.series:
         at = optimisers.index(series.optimiser)
@@ -75,7 +78,7 @@ def _draw(axes: "Axes", figure: Figure) -> None:
                 zorder=1,
             )
         else:
-            _draw_line(axes, series, colour, DASHES[at % len(DASHES)], label)
+            _draw_line(axes, series, colour, DASHES[at % len(DASHES)], label, marker)
     if figure.rows:
         axes.axvline(0, color=LIGHT.muted, linewidth=1)
         axes.set_yticks(range(len(figure.rows)), [_plain(row) for row in figure.rows])
@@ -90,9 +93,9 @@ def _draw_line(
     colour: str,
     dashes: tuple[float, ...],
     label: str | None,
+    marker: str | None,
 ) -> None:
     style = (0, dashes) if dashes else "-"
-    marker = "o" if len(series.x) <= 12 else None
     axes.plot(
         series.x,
         series.y,

@@ -11,8 +11,12 @@ a metric's name, such as ``accuracy``  the metric at that step
 ``principal_angle_B/<layer>``          largest principal angle, in degrees, between the columns of
                                        lora_B and the left singular space of the one-step gradient
 ``principal_angle_A/<layer>``          the same of lora_A's rows and the right singular space
-``update_norm/<layer>``                Frobenius norm of ``s B A``, less that of the start if offset
+``update_norm/<layer>``                Frobenius norm of the update ``s (B A - B0 A0)``
+``update_singular_values/<layer>``     singular values of the update, descending; the last ones are
+                                       drawn
 =====================================  =============================================================
+
+An angle is null where there is none, as of lora_B while it is zero.
 
 A line that cannot be read, such as the torn last one of a killed run, is counted and skipped.
 """
@@ -33,7 +37,8 @@ Floats = NDArray[np.float64]
 
 ANGLES = {"principal_angle_B": "B", "principal_angle_A": "A"}
 UPDATE_NORM = "update_norm"
-PER_LAYER = tuple(f"{kind}/" for kind in (*ANGLES, UPDATE_NORM))
+NUMBERS = tuple(f"{kind}/" for kind in (*ANGLES, UPDATE_NORM))
+SPECTRUM = "update_singular_values/"
 
 
 @dataclass(frozen=True)
@@ -62,6 +67,7 @@ class Trace:
         metric: The primary metric over epochs.
         angles: ``A`` and ``B`` -> layer -> largest principal angle in degrees over steps.
         update_norms: Layer -> norm of the update over steps.
+        update_spectra: Layer -> singular values of the update at the last step that has them.
         lines: How many lines could be read.
         skipped: How many could not.
         not_finite: How many training losses were infinite or not a number; no curve shows them.
@@ -72,6 +78,7 @@ class Trace:
     metric: Points
     angles: dict[str, dict[str, Points]] = field(default_factory=dict)
     update_norms: dict[str, Points] = field(default_factory=dict)
+    update_spectra: dict[str, list[float]] = field(default_factory=dict)
     lines: int = 0
     skipped: int = 0
     not_finite: int = 0
@@ -121,6 +128,7 @@ def read_trace(folder: Path, metric: str) -> Trace:
         metric=_points(np.where(np.isnan(epochs), steps, epochs), columns["metric"]),
         angles=log.angles,
         update_norms=log.update_norms,
+        update_spectra=log.update_spectra,
         lines=log.lines,
         skipped=log.skipped,
         not_finite=log.not_finite,
@@ -137,6 +145,7 @@ class _Log:
     not_finite: int = 0
     angles: dict[str, dict[str, Points]] = field(default_factory=dict)
     update_norms: dict[str, Points] = field(default_factory=dict)
+    update_spectra: dict[str, list[float]] = field(default_factory=dict)
 
 
 def _names(metric: str) -> dict[str, str | None]:
@@ -149,7 +158,7 @@ def _names(metric: str) -> dict[str, str | None]:
 
 def _read_fast(content: bytes, metric: str) -> _Log | None:
     """Read a log without fault, in C; None for any other, which is read line by line."""
-    if not content.strip() or any(prefix.encode() in content for prefix in PER_LAYER):
+    if not content.strip() or any(prefix.encode() in content for prefix in (*NUMBERS, SPECTRUM)):
         return None
     names = _names(metric)
     schema = pa.schema([(key, pa.float64()) for key in names.values() if key is not None])
@@ -178,13 +187,17 @@ def _read_line_by_line(content: bytes, metric: str) -> _Log:
     per_layer: dict[str, tuple[list[float], list[float]]] = {}
     for line in lines:
         for key in line:
-            if key.startswith(PER_LAYER):
+            if key.startswith(NUMBERS):
                 x, y = per_layer.setdefault(key, ([], []))
                 x.append(_finite(line.get("step")))
                 y.append(_finite(line[key]))
+            elif key.startswith(SPECTRUM) and _is_spectrum(line[key]):
+                log.update_spectra[key.removeprefix(SPECTRUM)] = line[key]
     for key, (x, y) in per_layer.items():
         kind, _, layer = key.partition("/")
         points = _points(np.array(x), np.array(y))
+        if not len(points):
+            continue
         if kind == UPDATE_NORM:
             log.update_norms[layer] = points
         else:
@@ -195,6 +208,10 @@ def _read_line_by_line(content: bytes, metric: str) -> _Log:
 def _finite(value: Any) -> float:
     # type() and not isinstance(): True and False are no measurements.
     return value if type(value) in (float, int) and math.isfinite(value) else math.nan
+
+
+def _is_spectrum(value: Any) -> bool:
+    return isinstance(value, list) and all(math.isfinite(_finite(one)) for one in value)
 
 
 def _points(x: Floats, y: Floats) -> Points:

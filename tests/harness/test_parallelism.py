@@ -24,7 +24,7 @@ TOLERANCE = 1e-4
 # Runs of the worker: what they show beside the method.
 RUNS = {
     "preconditioned": ["init=lora_one", "optimizer=preconditioned_adamw", "dataset.test_rows=5"],
-    "pissa": ["init=pissa"],
+    "pissa": ["init=pissa", "diagnostics.layers=2", "diagnostics.every_steps=2"],
     "lora_ga": ["init=lora_ga", "init.bsz=2", "init.iters=4", "model.gradient_checkpointing=true"],
     "embeddings": ["init=lora_one", "peft=all_w_emb"],
     "t5": ["init=lora_one", "dataset.test_rows=5"],  # gathers the base for its evaluation
@@ -89,6 +89,14 @@ def assert_same_result(record, weights, expected_record, expected):
     assert record["evaluation"]["replies_sha256"] == expected_record["evaluation"]["replies_sha256"]
 
 
+def diagnosed(folder):
+    """The logged angles and norms, a dictionary for each step."""
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    kinds = ("principal_angle_", "update_norm/")
+    found = [{key: line[key] for key in line if key.startswith(kinds)} for line in lines]
+    return [values for values in found if values]
+
+
 @pytest.mark.slow
 def test_fsdp2_from_the_command_line_ends_where_one_process_ends(overrides, alone, read, tmp_path):
     """With five test rows for two ranks, whose replies have different lengths."""
@@ -119,11 +127,15 @@ def sharded(tmp_path_factory, overrides, t5_folder):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", RUNS)
-def test_fsdp2_is_one_process_for_every_method(name, sharded, alone, read, t5_folder):
+def test_fsdp2_is_one_process_for_every_method(name, sharded, alone, read, t5_folder, tmp_path):
     place, _ = sharded
     (folder,) = (place / name).glob("arithmetic-*")
     expected = alone(*RUNS[name], **({"model": t5_folder} if name == "t5" else {}))
     assert_same_result(read(folder, "run.json"), adapter_in(folder), *expected)
+    sharded_log, log = map(diagnosed, (folder, tmp_path / "alone" / folder.name))
+    assert len(log) == (4 if name == "pissa" else 0)  # the start, steps 1, 2 and 4
+    for found, line in zip(sharded_log, log, strict=True):
+        assert found == pytest.approx(line, rel=1e-3, abs=1e-2)
 
 
 @pytest.mark.slow

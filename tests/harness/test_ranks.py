@@ -180,6 +180,13 @@ def read(place: Path) -> dict[str, dict]:
     return {record["method"]: record for record in records}
 
 
+def update_norms(place: Path, record: dict) -> list[float]:
+    """What a run has logged of its one diagnosed layer."""
+    (name,) = record["diagnostics"]["layers"]
+    lines = map(json.loads, (place / record["run_id"] / "metrics.jsonl").read_text().splitlines())
+    return [line[key] for line in lines if (key := f"update_norm/{name}") in line]
+
+
 def torchrun(command: list[str]) -> subprocess.CompletedProcess:
     return subprocess.run(
         [sys.executable, *TORCHRUN, *command],
@@ -196,7 +203,7 @@ def test_two_ranks_end_where_one_process_with_the_same_global_batch_ends(overrid
     # AdamW's first steps are sign-like: they would amplify the last bits of a gradient that is
     # nearly zero, in which sums in another order differ. A larger eps leaves them as they are.
     sweep = ["-m", "init=lora_one,lora_ga,pissa", *overrides]
-    sweep += ["model.learning_rate=1e-3", "optimizer.eps=1e-5"]
+    sweep += ["model.learning_rate=1e-3", "optimizer.eps=1e-5", "diagnostics.layers=1"]
     alone, tasks, ranks = (tmp_path / name for name in ("alone", "srun", "torchrun"))
 
     def command(place: Path) -> list[str]:
@@ -229,6 +236,9 @@ def test_two_ranks_end_where_one_process_with_the_same_global_batch_ends(overrid
             )
             for name, tensor in reference.items():
                 assert (weights[name] - tensor).abs().max() < 1e-5
+            logs = update_norms(place, record), update_norms(alone, record)
+            assert logs[0] == pytest.approx(logs[1], rel=1e-3)
+            assert len(logs[0]) == 3  # rank 0 alone: the start, the first step, the last
 
 
 SPOILT = """

@@ -49,7 +49,12 @@ def stop_after(monkeypatch):
 
 VARIANTS = {
     "lora_one": ["model.gradient_checkpointing=true", "peft=all_w_emb"],
-    "offset and preconditioner": ["init=lora_ga", "optimizer=preconditioned_adamw"],
+    "offset and preconditioner": [
+        "init=lora_ga",
+        "optimizer=preconditioned_adamw",
+        "diagnostics.layers=3",
+        "diagnostics.every_steps=2",
+    ],
     "dora and pissa": ["peft=dora", "init=pissa"],
     "full fine-tuning": ["peft=full_ft", "init=lora"],
     "adalora": ["peft=adalora", "init=lora"],
@@ -268,6 +273,9 @@ def test_what_does_not_belong_to_the_run_is_refused_and_nothing_is_overwritten(
     train.write_text(rows.replace("1", "2"))
     refuses(config, "was written with other train rows: the dataset has changed")
     train.write_text(rows)
+
+    diagnosed = small(*TEN_STEPS, f"dataset.path={config.dataset.path}", "diagnostics.layers=1")
+    refuses(diagnosed, "was written with diagnostics=None, and these are .*'layers': 1")
 
     fingerprint = "lora_one.harness.stages.weights_fingerprint"
     monkeypatch.setattr(fingerprint, lambda _: "sha256:other")

@@ -26,6 +26,7 @@ ROOT = Path(__file__).parents[2]
 LINES = [
     {"step": 0, "base_validation_loss": 3.5},
     {"step": 0, "epoch": 0.0, "validation_loss": 3.25},
+    {"step": 1, "principal_angle_B/q": None, "update_singular_values/q": [0.5, 0.25]},
     {"step": 1, "loss": 3.0, "grad_norm": 0.5},
     {"step": 2, "loss": 2.5, "grad_norm": 0.25},
     {"step": 2, "epoch": 1.0, "validation_loss": 2.75},
@@ -126,6 +127,7 @@ def test_without_a_key_the_copy_is_offline_and_complete(config, read, monkeypatc
     assert [row["_step"] for row in run.history] == list(range(len(LINES)))
     assert run.history[-1]["plots/losses_table.nrows"] == 4
     assert run.history[-1]["plots/spectra_table.nrows"] == 4
+    assert run.history[-1]["plots/update_spectra_table.nrows"] == 2
     assert (run.id, run.name) == (wandb_id(folder.name), folder.name)
     assert (run.project, run.group, run.tags) == ("lora-one", "c0ffee00", ["a", "b"])
     assert run.config.items() >= settings.model_dump().items()

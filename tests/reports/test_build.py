@@ -38,7 +38,11 @@ def folder(tmp_path_factory, write_run):
             log.append({"step": 40, "epoch": 1.0, "validation_loss": 0.4})
             log.append({"step": 20, "principal_angle_B/layer.0": 40.0 + seed})
             log.append({"step": 40, "principal_angle_B/layer.0": 30.0 + seed})
-            log.append({"step": 40, "update_norm/layer.0": 0.2})
+            spectra = {20: [0.3, 0.2, 0.1], 40: [0.4, 0.2, 0.1, 0.0]}
+            for step, values in spectra.items():
+                norm = math.hypot(*values)
+                update = {"update_norm/layer.0": norm, "update_singular_values/layer.0": values}
+                log.append({"step": step, "principal_angle_A/layer.0": None, **update})
             layer = {
                 "name": "layer.0",
                 "shape": [8, 8],
@@ -151,6 +155,7 @@ def test_every_plot_is_a_png_and_an_svg(report):
         "spectra",
         "angles-b",
         "update-norm",
+        "update-spectrum",
     }
     for name in names:
         with Image.open(report.folder / f"{name}.png") as image:
@@ -204,6 +209,11 @@ def test_the_page_holds_each_run_once(report):
     assert data["common"]["peft.lora_r"] == 8
     assert run["replies"]["rows"][0]["reply"] == HOSTILE
     assert run["loss"]["points"] == len(run["loss"]["x"]) == 40
+    assert run["spectra"] == {"layer.0": [0.4, 0.2, 0.1, 0.0]}
+    assert run["norms"]["layer.0"]["y"] == [0.37417, 0.45826]
+    (drawn,) = [f for f in data["blocks"][0]["figures"] if f["key"] == "update-spectrum"]
+    lora_one = next(one for one in drawn["series"] if one["method"] == "lora_one")
+    assert (lora_one["x"], lora_one["y"]) == ([1, 2, 3], [1, 0.5, 0.25])  # a log axis has no 0
 
 
 def test_a_page_that_would_become_too_large_shows_less(folder, report, tmp_path, monkeypatch):

@@ -23,6 +23,15 @@ def page(tmp_path_factory, write_run, headless):
             log += [
                 {"step": s, "epoch": s / 900, "validation_loss": 4 / s} for s in (300, 600, 900)
             ]
+            log += [
+                {
+                    "step": s,
+                    "principal_angle_B/q": 30.0 + s / 30,
+                    "update_norm/q": s / 900,
+                    "update_singular_values/q": [s / 900, s / 1800, 0.0],
+                }
+                for s in (300, 600, 900)
+            ]
             write_run(
                 root,
                 f"arithmetic-{method}-s{seed}",

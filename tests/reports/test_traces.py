@@ -1,6 +1,7 @@
 """Curves keep what matters of what was logged, and say what they left out."""
 
 import json
+import math
 
 import numpy as np
 import pytest
@@ -61,6 +62,20 @@ def test_a_log_is_read_by_kind(tmp_path):
     assert (trace.metric.x.tolist(), trace.metric.y.tolist()) == ([1.0], [0.25])
     assert trace.angles["B"]["layer.0"].y.tolist() == [30.0]
     assert (trace.lines, trace.skipped) == (6, 0)
+
+
+def test_what_was_logged_per_layer_is_read_and_what_is_undefined_left_out(tmp_path):
+    lines = [
+        {"step": 0, "principal_angle_B/q": None, "update_singular_values/q": [0.0, 0.0]},
+        {"step": 1, "principal_angle_B/q": 20.0, "update_singular_values/q": [2.0, 1.0]},
+        {"step": 1, "update_norm/q": math.hypot(2, 1), "update_singular_values/v": [3.0, None]},
+        {"step": 1, "principal_angle_A/q": None},
+    ]
+    (tmp_path / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    trace = read_trace(tmp_path, "accuracy")
+    assert (trace.angles["B"]["q"].x.tolist(), list(trace.angles)) == ([1], ["B"])
+    assert trace.update_norms["q"].y.tolist() == [math.hypot(2, 1)]
+    assert trace.update_spectra == {"q": [2.0, 1.0]}  # the last that is one
 
 
 def test_torn_lines_and_losses_that_are_no_numbers_are_counted(tmp_path):

@@ -55,7 +55,7 @@ class RunPage {
   }
 
   curves() {
-    const { loss, validation, metric, angles, norms, log } = this.run;
+    const { loss, validation, metric, angles, norms, spectra, log } = this.run;
     const method = this.run.facts.method || "";
     const series = (curve, name) => ({ name, method, optimiser: "", kind: "line", ...curve });
     const one = (title, xLabel, yLabel, curve) => {
@@ -68,8 +68,8 @@ class RunPage {
       return this.chart({ title, xLabel, yLabel, caption, series: [series(curve, title)],
         xLog: false, yLog: yLabel.includes("loss") && low > 0 && high > 12 * low });
     };
-    const perLayer = (title, yLabel, caption, layers) => (Object.keys(layers).length
-      ? this.chart({ title, xLabel: "step", yLabel, caption, xLog: false, yLog: false,
+    const perLayer = (title, yLabel, caption, layers, more = {}) => (Object.keys(layers).length
+      ? this.chart({ title, xLabel: "step", yLabel, caption, xLog: false, yLog: false, ...more,
         series: Object.entries(layers).map(([layer, curve]) =>
           ({ ...series(curve, layer), faint: true })) })
       : null);
@@ -77,6 +77,10 @@ class RunPage {
       `Principal angle of ${side}`, "largest angle, degrees",
       "Between the factor and the one-step gradient's singular space, per layer.", layers));
     layered.push(perLayer("Norm of the update", "Frobenius norm", "Per layer.", norms));
+    const updates = Object.entries(spectra).map(([layer, values]) => [layer, spectrum(values)]);
+    layered.push(perLayer("Singular values of the update", "singular value",
+      "At the last step, per layer.",
+      Object.fromEntries(updates.filter(([, { y }]) => y.length)), { xLabel: "index", yLog: true }));
     const charts = [one("Training loss", "step", "training loss", loss),
       one("Validation loss", "epoch", "validation loss", validation),
       one("Metric", "epoch", this.run.facts.primary_metric || "metric", metric), ...layered];
@@ -109,9 +113,9 @@ class RunPage {
         xLabel: "index", yLabel: "singular value", xLog: false, yLog: true,
         caption: "One line per layer; the last value is the largest one left out.",
         series: spectra.map((layer) => {
-          const y = layer.singular_values.concat(layer.next_singular_value ?? []).filter((value) => value > 0);
+          const values = layer.singular_values.concat(layer.next_singular_value ?? []);
           return { name: layer.name.slice(short.length), method: init.method, optimiser: "",
-            kind: "line", faint: true, x: y.map((_, at) => at + 1), y };
+            kind: "line", faint: true, ...spectrum(values) };
         }) }) : null,
       layers.length ? el("details", {},
         el("summary", {}, `${plural(layers.length, "layer")}` +
@@ -164,6 +168,11 @@ class RunPage {
 }
 
 const plain = (value) => number(value);
+// Over the index, counted from 1; a logarithmic axis has no place for zeros and rounding.
+const spectrum = (values) => {
+  const y = values.filter((value) => value > 1e-6 * values[0]);
+  return { x: y.map((_, at) => at + 1), y };
+};
 // A commit is known by its first letters; a time needs no zone where all are UTC.
 const brief = (value) => (typeof value !== "string" ? shown(value)
   : /^[0-9a-f]{40}$/.test(value) ? value.slice(0, 8)
