@@ -26,6 +26,7 @@ from peft.tuners.lora import LoraLayer
 from safetensors.torch import save_file
 from torch import Tensor
 
+from lora_one.adapters.checks import check_base_is_untouched
 from lora_one.adapters.write import initial_state
 from lora_one.errors import InputError
 from lora_one.layers import base_name, check_adapter, is_linear
@@ -108,9 +109,11 @@ def export_adapter(
         adapter_name: which adapter.
 
     Raises:
-        InputError: for an unknown adapter, a rank below 1, or a folder that is no adapter's.
+        InputError: for an unknown adapter, one over changed base weights (PEFT's own PiSSA, another
+            adapter's offset), a rank below 1, or a folder that is no adapter's.
     """
     check_adapter(peft_model, adapter_name)
+    check_base_is_untouched(peft_model, adapter_name)
     if rank is not None and rank < 1:
         raise InputError(f"rank must be at least 1, got {rank}.")
     path = Path(path)
