@@ -141,6 +141,9 @@ def export_adapter(
             tensors.pop(adalora_name, None)
         tensors[f"{key}.lora_A.weight"] = plain.A.to(plain.dtype)
         tensors[f"{key}.lora_B.weight"] = (plain.B * (plain.s / exported_s)).to(plain.dtype)
+        bias = tensors.get(f"{key}.lora_B.bias")
+        if bias is not None:  # s multiplies it too
+            tensors[f"{key}.lora_B.bias"] = (_wide(bias) * (plain.s / exported_s)).to(bias.dtype)
     exported = _plain_config(peft_model, config, layers, adapter_name)
     _write(path, tensors, exported)
     error = math.sqrt(squares[0] / squares[1]) if squares[1] else 0.0

@@ -123,6 +123,21 @@ def test_patterns_embeddings_and_saved_modules_are_included(tmp_path, llama_batc
     assert not any(key.endswith("embed_tokens.weight") for key in tensors)
 
 
+@pytest.mark.parametrize("use_rslora", [False, True])
+@pytest.mark.parametrize("method", ["lora_one", "pissa"])
+@pytest.mark.parametrize("rank", [None, 8])
+def test_the_bias_of_lora_b_keeps_its_scaling(use_rslora, method, rank, tmp_path, llama_batches):
+    peft_model = trained(
+        tiny_llama(attention_bias=True, mlp_bias=True),
+        method,
+        use_rslora=use_rslora,
+        lora_bias=True,
+    )
+    lora_one.export_adapter(peft_model, tmp_path / "a", rank=rank)  # 8 = 2 r loses nothing
+    base = tiny_llama(attention_bias=True, mlp_bias=True)
+    assert difference(tmp_path / "a", base, peft_model, llama_batches[0]) < TOLERANCE
+
+
 def test_adalora_becomes_a_plain_lora(tmp_path, llama_batches):
     config = AdaLoraConfig(
         init_r=4, total_step=10, target_modules=["q_proj", "v_proj"], lora_alpha=8
