@@ -7,14 +7,12 @@ from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.variants import DoraLinearVariant
 from torch import nn
 
+from lora_one.adapters.stored import changes_base
 from lora_one.adapters.write import Options, initial_state, initial_states
 from lora_one.errors import InputError
 from lora_one.layers import AdaptedLayer, is_out_of_reach, is_quantised
 from lora_one.numerics.factors import METHODS
 from lora_one.sharding import is_cut, own_part, reshard
-
-CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
-"""Beginnings of those ``LoraConfig.init_lora_weights`` with which PEFT itself changes W."""
 
 
 def check_layers(layers: list[AdaptedLayer], options: Options) -> None:
@@ -137,7 +135,7 @@ def check_base_is_untouched(peft_model: PeftModel, adapter_name: str) -> None:
             )
     for name, config in peft_model.peft_config.items():
         start = getattr(config, "init_lora_weights", True)
-        if str(start).lower().startswith(CHANGES_BASE) and _has_product(peft_model, name):
+        if changes_base(start) and _has_product(peft_model, name):
             raise InputError(
                 f"PEFT started adapter '{name}' with init_lora_weights='{start}', which changes "
                 "the base weights. Load the base again and give "

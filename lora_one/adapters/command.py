@@ -1,0 +1,108 @@
+"""The commands of ``python -m lora_one.adapters``. Each needs a stored adapter, not a model.
+
+Exit status: 0 done, 1 failed, 2 bad input (one message, nothing written).
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from lora_one.errors import InputError
+
+DONE, FAILED, BAD_INPUT = 0, 1, 2
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run the command that was asked for and return the exit status."""
+    options = _parser().parse_args(arguments)
+    try:
+        return options.command(options)
+    except InputError as error:
+        return _say(f"error: {error}", BAD_INPUT)
+    except OSError as error:
+        return _say(f"failed: {error.filename or ''}: {error.strerror or error}", FAILED)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m lora_one.adapters", description=__doc__)
+    commands = parser.add_subparsers(required=True, metavar="command")
+
+    inspect = commands.add_parser("inspect", help="what is inside, layer by layer")
+    inspect.add_argument("adapter", type=Path, help="folder of a PEFT LoRA")
+    inspect.add_argument("--layers", metavar="REGEX", help="only layers whose name it is found in")
+    inspect.add_argument("--json", action="store_true", help="for other programs, all values")
+    inspect.set_defaults(command=_inspect)
+
+    export = commands.add_parser("export", help="another form of an adapter: a new folder")
+    export.add_argument("adapter", type=Path, help="folder of a PEFT LoRA")
+    export.add_argument("out", type=Path, help="folder to write")
+    export.add_argument("--rank", type=int, help="cut every layer's product to this rank")
+    export.add_argument(
+        "--uniform", action="store_true", help="one rank and one alpha for all layers"
+    )
+    export.add_argument(
+        "--fold-rslora", action="store_true", help="the same scaling without rsLoRA"
+    )
+    export.set_defaults(command=_export)
+
+    check = commands.add_parser("check", help="whether vLLM and llama.cpp can use it")
+    check.add_argument("adapter", type=Path, help="folder of a PEFT LoRA")
+    check.add_argument("--for", dest="program", choices=("vllm", "llama.cpp"), help="one of them")
+    check.set_defaults(command=_check)
+    return parser
+
+
+def _inspect(options: argparse.Namespace) -> int:
+    from lora_one.adapters.inspection import describe, render
+    from lora_one.adapters.stored import read_stored
+
+    facts = describe(read_stored(options.adapter), options.layers)
+    print(json.dumps(facts, indent=1) if options.json else render(facts))
+    return DONE
+
+
+def _export(options: argparse.Namespace) -> int:
+    from lora_one.adapters.rewrite import fold_rslora, make_uniform, truncate, write_stored
+    from lora_one.adapters.stored import check_replaceable, read_stored
+
+    adapter = read_stored(options.adapter)
+    check_replaceable(options.out)
+    done = []
+    if options.rank is not None:
+        adapter, cut = truncate(adapter, options.rank)
+        worst = max(cut.layer_errors, key=cut.layer_errors.__getitem__)
+        done.append(
+            f"cut to rank {options.rank}: relative error {cut.error:.4g} over all layers, largest "
+            f"{cut.layer_errors[worst]:.4g} at {worst}"
+        )
+    if options.uniform:
+        adapter = make_uniform(adapter)
+        done.append(f"all layers: rank {adapter.config['r']}, alpha {adapter.config['lora_alpha']}")
+    if options.fold_rslora:
+        adapter = fold_rslora(adapter)
+        done.append(f"without rsLoRA: alpha {adapter.config['lora_alpha']}")
+    if not done:
+        raise InputError("nothing to do: give --rank, --uniform or --fold-rslora.")
+    note = f"Changed by `python -m lora_one.adapters export`: {'; '.join(done)}."
+    write_stored(adapter, options.out, note)
+    print("\n".join([*done, f"written to {options.out}"]))
+    return DONE
+
+
+def _check(options: argparse.Namespace) -> int:
+    from lora_one.adapters.serving import check_llama_cpp, check_vllm, render
+    from lora_one.adapters.stored import read_stored
+
+    adapter = read_stored(options.adapter)
+    checks = {"vllm": check_vllm, "llama.cpp": check_llama_cpp}
+    chosen = [check for name, check in checks.items() if options.program in (None, name)]
+    verdicts = [check(adapter) for check in chosen]
+    print(render(verdicts))
+    return FAILED if any(verdict.obstacles for verdict in verdicts) else DONE
+
+
+def _say(message: str, status: int) -> int:
+    print(message, file=sys.stderr)
+    return status
