@@ -21,6 +21,8 @@ def main(arguments: Sequence[str]) -> int:
         return options.command(options)
     except InputError as error:
         return _say(f"error: {error}", BAD_INPUT)
+    except RuntimeError as error:
+        return _say(f"failed: {error}", FAILED)
     except OSError as error:
         return _say(f"failed: {error.filename or ''}: {error.strerror or error}", FAILED)
 
@@ -46,6 +48,21 @@ def _parser() -> argparse.ArgumentParser:
         "--fold-rslora", action="store_true", help="the same scaling without rsLoRA"
     )
     export.set_defaults(command=_export)
+
+    merge = commands.add_parser("merge", help="base and adapter as one model, safetensors")
+    merge.add_argument("adapter", type=Path, help="folder of a PEFT LoRA")
+    merge.add_argument("out", type=Path, help="folder to write")
+    merge.add_argument("--base", help="folder or hub id; default: what the adapter says")
+    merge.add_argument(
+        "--dtype", choices=("float32", "bfloat16", "float16"), help="default: the base's"
+    )
+    merge.set_defaults(command=_merge)
+
+    push = commands.add_parser("push", help="upload it to the Hugging Face hub")
+    push.add_argument("adapter", type=Path, help="folder of a PEFT LoRA, with its README.md")
+    push.add_argument("repo_id", help="owner/name")
+    push.add_argument("--private", action="store_true", help="if the repository is new")
+    push.set_defaults(command=_push)
 
     check = commands.add_parser("check", help="whether vLLM and llama.cpp can use it")
     check.add_argument("adapter", type=Path, help="folder of a PEFT LoRA")
@@ -88,6 +105,47 @@ def _export(options: argparse.Namespace) -> int:
     note = f"Changed by `python -m lora_one.adapters export`: {'; '.join(done)}."
     write_stored(adapter, options.out, note)
     print("\n".join([*done, f"written to {options.out}"]))
+    return DONE
+
+
+def _merge(options: argparse.Namespace) -> int:
+    import warnings
+
+    from lora_one.adapters.stored import read_stored
+
+    adapter = read_stored(options.adapter)  # before transformers is imported
+    from transformers.utils import logging
+
+    from lora_one.adapters import merge_folder as merging
+
+    logging.disable_progress_bar()
+    dtype = merging.DTYPES.get(options.dtype)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # about tied weights, which the merge minds
+        report = merging.merge_folder(adapter, options.out, base=options.base, dtype=dtype)
+    tokenizer = f"tokenizer copied ({len(report.tokenizer)} files)"
+    print(
+        f"{report.layers} layers merged into {report.base}, in float32, and written to "
+        f"{options.out} in {str(report.dtype).removeprefix('torch.')}; "
+        f"{tokenizer if report.tokenizer else 'no tokenizer was there'}\n"
+        f"read back, its logits on {merging.PROBE_ROWS} x {merging.PROBE_TOKENS} token ids (seed "
+        f"0) differ from the base's with the adapter by {report.logit_difference:.1e} of the "
+        "largest"
+    )
+    return DONE
+
+
+def _push(options: argparse.Namespace) -> int:
+    from lora_one.adapters.push import push
+    from lora_one.adapters.stored import read_stored
+
+    adapter = read_stored(options.adapter)
+    if not (options.adapter / "README.md").is_file():
+        print("note: there is no README.md, so its page will say nothing", file=sys.stderr)
+    base = adapter.config.get("base_model_name_or_path")
+    if base and Path(base).exists():
+        print(f"note: its base model is a local folder, {base}", file=sys.stderr)
+    print(push(adapter, options.repo_id, private=options.private))
     return DONE
 
 

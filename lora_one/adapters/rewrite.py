@@ -21,6 +21,7 @@ from lora_one.adapters.stored import (
     StoredAdapter,
     StoredLayer,
     check_replaceable,
+    scaling,
     write_folder,
 )
 from lora_one.errors import InputError
@@ -43,7 +44,7 @@ class Truncation:
 
 
 def truncate(adapter: StoredAdapter, rank: int) -> tuple[StoredAdapter, Truncation]:
-    """Cut every layer's product to a rank, by its SVD; alphas stay.
+    """Cut every layer's product to a rank, by its SVD, and give all layers one alpha.
 
     With DoRA the cut changes directions only, since the magnitudes are kept.
 
@@ -53,10 +54,11 @@ def truncate(adapter: StoredAdapter, rank: int) -> tuple[StoredAdapter, Truncati
     if rank < 1:
         raise InputError(f"the rank must be at least 1, got {rank}.")
     _check_plain(adapter)
+    alpha = adapter.config["lora_alpha"]
     layers, errors, tails, totals = [], {}, 0.0, 0.0
     for layer in adapter.layers:
         B, A, tail, total = truncated_factors(*layer.matrices, rank)
-        layers.append(_with_factors(adapter, layer, B, A))
+        layers.append(_with_factors(adapter, layer, B, A, alpha))
         errors[layer.name] = math.sqrt(tail / total) if total else 0.0
         tails, totals = tails + layer.s**2 * tail, totals + layer.s**2 * total
     error = math.sqrt(tails / totals) if totals else 0.0
@@ -83,7 +85,7 @@ def make_uniform(adapter: StoredAdapter) -> StoredAdapter:
         B, A = layer.matrices
         missing = rank - layer.r
         padded = pad(B.double(), (0, missing)), pad(A.double(), (0, 0, 0, missing))
-        layers.append(_with_factors(adapter, layer, *padded, alpha=alpha))
+        layers.append(_with_factors(adapter, layer, *padded, alpha))
     return _of_layers(adapter, layers)
 
 
@@ -137,19 +139,14 @@ def _check_plain(adapter: StoredAdapter) -> None:
 
 
 def _with_factors(
-    adapter: StoredAdapter,
-    layer: StoredLayer,
-    B: Tensor,
-    A: Tensor,
-    *,
-    alpha: float | None = None,
+    adapter: StoredAdapter, layer: StoredLayer, B: Tensor, A: Tensor, alpha: float
 ) -> StoredLayer:
     """Return the layer with B (m, r') and A (r', n) in fp64 for its s, and with r' and alpha.
 
     B is rescaled for the scaling that follows from r' and alpha, then both are rounded once.
     """
-    rank, alpha = B.shape[1], layer.alpha if alpha is None else alpha
-    s = alpha / (math.sqrt(rank) if adapter.config.get("use_rslora") else rank)
+    rank = B.shape[1]
+    s = scaling(alpha, rank, use_rslora=bool(adapter.config.get("use_rslora")))
     B = (B * (layer.s / s)).to(layer.B.dtype).reshape(layer.B.shape[0], rank, *layer.B.shape[2:])
     A = A.to(layer.A.dtype).reshape(rank, *layer.A.shape[1:])
     return replace(layer, r=rank, alpha=alpha, s=s, B=B, A=A)

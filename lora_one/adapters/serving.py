@@ -1,15 +1,17 @@
 """What vLLM and llama.cpp need of an adapter, and whether a stored one has it.
 
-As of November 2026. vLLM reads ``r``, ``lora_alpha`` and ``use_rslora`` of the settings, and the
-factors; what else an adapter holds it refuses, and its releases before the end of 2026 do not read
-``rank_pattern`` and ``alpha_pattern``. llama.cpp's ``convert_lora_to_gguf.py`` takes the factors
-and one ``lora_alpha``; each layer is scaled by ``lora_alpha`` over the rank of its own B.
+As of November 2026. vLLM takes the factors and refuses what else an adapter holds. It reads ``r``,
+``lora_alpha`` and ``use_rslora``; most releases do not read ``rank_pattern`` and ``alpha_pattern``,
+and multiply every layer's product by the s of these three. llama.cpp's
+``convert_lora_to_gguf.py`` takes the factors and ``lora_alpha``; a layer's product is multiplied by
+``lora_alpha`` over the rank of its own B.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from lora_one.adapters.stored import StoredAdapter
+from lora_one.adapters.stored import StoredAdapter, scaling
 
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """What vLLM takes for ``max_lora_rank``."""
@@ -46,10 +48,12 @@ def check_vllm(adapter: StoredAdapter) -> Verdict:
         obstacles.append(
             f"rank {rank} is more than {VLLM_RANKS[-1]}; cut it: {_EXPORT} --rank {VLLM_RANKS[-1]}"
         )
-    if adapter.config.get("rank_pattern") or adapter.config.get("alpha_pattern"):
+    config = adapter.config
+    s = scaling(config["lora_alpha"], config["r"], use_rslora=bool(config.get("use_rslora")))
+    if any(not math.isclose(layer.s, s) for layer in adapter.layers):
         obstacles.append(
-            "rank_pattern or alpha_pattern: many releases scale all layers alike, by r and "
-            f"lora_alpha; give all layers one rank and alpha: {_EXPORT} --uniform"
+            f"rank_pattern, alpha_pattern: most releases multiply every layer by {s:.4g}; give all "
+            f"layers one rank and alpha: {_EXPORT} --uniform"
         )
     if adapter.config.get("alora_invocation_tokens"):
         obstacles.append("alora_invocation_tokens: not read; use the adapter with PEFT")
@@ -63,16 +67,14 @@ def check_vllm(adapter: StoredAdapter) -> Verdict:
 def check_llama_cpp(adapter: StoredAdapter) -> Verdict:
     """Say whether llama.cpp's converter makes a right GGUF file of a stored adapter."""
     obstacles = _common_obstacles(adapter)
-    uniform = len({layer.alpha for layer in adapter.layers}) == 1
-    if adapter.config.get("use_rslora"):
-        options = "--fold-rslora" if _one_rank(adapter) else "--uniform --fold-rslora"
+    alpha = adapter.config["lora_alpha"]
+    if any(not math.isclose(layer.s, alpha / layer.r) for layer in adapter.layers):
+        uniform = len({(layer.r, layer.alpha) for layer in adapter.layers}) == 1
+        options = [] if uniform else ["--uniform"]
+        options += ["--fold-rslora"] if adapter.config.get("use_rslora") else []
         obstacles.append(
-            "rsLoRA: alpha / r is computed, not alpha / sqrt(r); say it with another alpha: "
-            f"{_EXPORT} {options}"
-        )
-    if not uniform:
-        obstacles.append(
-            f"alpha_pattern: the file holds one alpha; give all layers one: {_EXPORT} --uniform"
+            "rsLoRA or alpha_pattern: a layer is multiplied by lora_alpha / r; say the same with "
+            f"another alpha: {_EXPORT} {' '.join(options)}"
         )
     command = (
         f"python convert_lora_to_gguf.py {adapter.path} --base FOLDER_OF_THE_BASE "
@@ -116,10 +118,6 @@ def render(verdicts: Sequence[Verdict]) -> str:
         lines.append(f"{verdict.program}: {'no' if verdict.obstacles else 'yes'}")
         lines += [f"  - {text}" for text in verdict.obstacles] or [f"  {verdict.command}"]
     return "\n".join(lines)
-
-
-def _one_rank(adapter: StoredAdapter) -> bool:
-    return len({layer.r for layer in adapter.layers}) == 1
 
 
 def _base(adapter: StoredAdapter) -> str:

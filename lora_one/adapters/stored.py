@@ -204,8 +204,13 @@ def _layer(
         )
     kind = "embedding" if embedding else "linear" if A.ndim == 2 else "convolution"
     alpha = pattern_value(config.get("alpha_pattern"), name, config["lora_alpha"])
-    s = alpha / (math.sqrt(r) if config.get("use_rslora") else r)
+    s = scaling(alpha, r, use_rslora=bool(config.get("use_rslora")))
     return StoredLayer(name, kind, r, alpha, s, B, A)
+
+
+def scaling(alpha: float, r: int, *, use_rslora: bool) -> float:
+    """Return ``s = alpha / r``, or ``alpha / sqrt(r)`` with rsLoRA."""
+    return alpha / (math.sqrt(r) if use_rslora else r)
 
 
 def pattern_value(pattern: Mapping[str, Any] | None, name: str, otherwise: Any) -> Any:

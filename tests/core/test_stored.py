@@ -309,8 +309,9 @@ def test_bad_exports_are_refused_and_nothing_is_written(tmp_path, capsys):
     ("options", "changes", "vllm", "llama_cpp"),
     [
         ({}, {}, None, None),
-        ({"use_rslora": True}, {}, None, "--fold-rslora"),
+        ({"use_rslora": True}, {}, None, "OUT --fold-rslora"),
         ({"rank_pattern": {"v_proj": 2}}, {}, "--uniform", None),
+        ({"rank_pattern": {"v_proj": 2}, "alpha_pattern": {"v_proj": 4}}, {}, None, "--uniform"),
         ({"alpha_pattern": {"v_proj": 2}}, {}, "--uniform", "--uniform"),
         ({"use_dora": True}, {}, "DoRA", "DoRA"),
         ({"modules_to_save": ["lm_head"]}, {}, "modules_to_save (lm_head)", "modules_to_save"),
