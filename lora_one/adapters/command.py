@@ -5,6 +5,7 @@ Exit status: 0 done, 1 failed, 2 bad input (one message, nothing written).
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,6 +22,9 @@ def main(arguments: Sequence[str]) -> int:
         return options.command(options)
     except InputError as error:
         return _say(f"error: {error}", BAD_INPUT)
+    except BrokenPipeError:  # the reader, such as head, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return DONE
     except RuntimeError as error:
         return _say(f"failed: {error}", FAILED)
     except OSError as error:

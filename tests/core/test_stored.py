@@ -115,7 +115,7 @@ def test_the_table_says_what_a_reader_wants_to_know(tmp_path, capsys, llama_batc
     out = capsys.readouterr().out
     for line in (
         "base       some/base at abc",
-        "method     lora_one, scale stable, stable_gamma 16.0 (lora-one 0.1.0)",
+        f"method     lora_one, scale stable, stable_gamma 16.0 (lora-one {lora_one.__version__})",
         "kind       rsLoRA with DoRA (the norms below are before its magnitudes)",
         "rank       4",
         "scaling    s = alpha / sqrt(r): 4",
