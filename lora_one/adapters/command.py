@@ -1,7 +1,4 @@
-"""The commands of ``python -m lora_one.adapters``. Each needs a stored adapter, not a model.
-
-Exit status: 0 done, 1 failed, 2 bad input (one message, nothing written).
-"""
+"""The commands of ``python -m lora_one.adapters``, on adapters as PEFT stores them."""
 
 import argparse
 import json
@@ -32,7 +29,11 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m lora_one.adapters", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python -m lora_one.adapters",
+        description="Look at adapters as PEFT stores them, and make others of them.",
+        epilog="Exit status: 0 done, 1 failed, 2 bad input (one message, nothing written).",
+    )
     commands = parser.add_subparsers(required=True, metavar="command")
 
     inspect = commands.add_parser("inspect", help="what is inside, layer by layer")
