@@ -76,6 +76,13 @@ def is_quantised(module: nn.Module) -> bool:
     return weight is None or not weight.is_floating_point() or hasattr(weight, "quant_state")
 
 
+def is_out_of_reach(layer: TargetLayer) -> bool:
+    """Whether the weight has lost its shape (FSDP1, ZeRO-3); FSDP2's can be put together."""
+    if is_quantised(layer.module):
+        return False
+    return sorted(layer.module.weight.shape) != sorted(layer.shape)
+
+
 def base_weight(module: nn.Module) -> Tensor:
     """Return W (out, in), dequantised where the layer is quantised. Not to be written to.
 

@@ -1,5 +1,6 @@
 """A hub in a folder: repositories as bytes, written in the cache's layout or served over HTTP."""
 
+import base64
 import hashlib
 import json
 import re
@@ -71,10 +72,12 @@ def _blob(content: bytes) -> str:
 
 @dataclass
 class HubServer:
-    """The endpoints of the hub that a download asks for, on a port of this machine.
+    """The endpoints of the hub that a download or an upload asks for, on a port of this machine.
 
     Attributes:
         repositories: What it has.
+        token: Who may upload.
+        private: Names of the repositories that were created as private ones.
         requests: ``METHOD path`` of every request so far.
         cut_after: Breaks the connection after so many bytes of a file's content, once for each
             file named here.
@@ -84,6 +87,8 @@ class HubServer:
     requests: list[str] = field(default_factory=list)
     cut_after: dict[str, int] = field(default_factory=dict)
     refuse: set[str] = field(default_factory=set)
+    token: str = "hf_writer"  # noqa: S105 (of no hub)
+    private: set[str] = field(default_factory=set)
 
     def __enter__(self) -> "HubServer":
         handler = type("Handler", (_Handler,), {"hub": self})
@@ -121,6 +126,39 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         self._answer()
+
+    def do_POST(self) -> None:
+        """Take an upload: validate the card, create the repository, say how, take the files."""
+        content = self.rfile.read(int(self.headers["Content-Length"]))
+        path = unquote(urlsplit(self.path).path)
+        self.hub.requests.append(f"{self.command} {path}")
+        if self.headers.get("Authorization") != f"Bearer {self.hub.token}":
+            return self._json({"error": "Invalid username or password."}, 401)
+        if path == "/api/validate-yaml":
+            return self._json({"errors": [], "warnings": []})
+        if path == "/api/repos/create":
+            wanted = json.loads(content)
+            name = f"{wanted['organization']}/{wanted['name']}"
+            place = {"url": f"{self.hub.url}/{name}"}
+            if self.hub.find("model", name):
+                return self._json({"error": "You already created this model repo", **place}, 409)
+            self.hub.repositories.append(Repository("model", name, {}))
+            if wanted.get("visibility") == "private":
+                self.hub.private.add(name)
+            return self._json(place)
+        found = re.fullmatch(r"/api/models/([^/]+/[^/]+)/(preupload|commit)/main", path)
+        repository = self.hub.find("model", found[1])
+        if found[2] == "preupload":
+            names = [file["path"] for file in json.loads(content)["files"]]
+            how = {"uploadMode": "regular", "shouldIgnore": False}
+            return self._json({"files": [{"path": name, **how} for name in names]})
+        for line in content.splitlines():
+            entry = json.loads(line)
+            if entry["key"] == "file":
+                file = entry["value"]
+                repository.files[file["path"]] = base64.b64decode(file["content"])
+        url = f"{self.hub.url}/{repository.name}/commit/{repository.commit}"
+        return self._json({"commitUrl": url, "commitOid": repository.commit})
 
     def _answer(self) -> None:
         path = unquote(urlsplit(self.path).path)
@@ -169,8 +207,8 @@ class _Handler(BaseHTTPRequestHandler):
             return None
         return self._send(status, content[start:], common)
 
-    def _json(self, value: object) -> None:
-        self._send(200, json.dumps(value).encode(), {"Content-Type": "application/json"})
+    def _json(self, value: object, status: int = 200) -> None:
+        self._send(status, json.dumps(value).encode(), {"Content-Type": "application/json"})
 
     def _send(
         self,
@@ -184,7 +222,7 @@ class _Handler(BaseHTTPRequestHandler):
             self.send_header(key, value)
         self.send_header("Content-Length", str(len(content) if length is None else length))
         self.end_headers()
-        if self.command == "GET":
+        if self.command != "HEAD":
             self.wfile.write(content)
 
     def log_message(self, *_: object) -> None:

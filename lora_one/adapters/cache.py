@@ -74,7 +74,7 @@ def load_cached(
     stored["layers"] = [
         LayerReport(**{**layer, "shape": tuple(layer["shape"])}) for layer in stored["layers"]
     ]
-    load_initial_state(peft_model, state, adapter_name)
+    load_initial_state(peft_model, state, adapter_name, force=True)  # the caller has checked
     return InitReport(**{**stored, "adapter_name": adapter_name, "cached": True})
 
 

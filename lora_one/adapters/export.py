@@ -11,9 +11,8 @@ is cut to a smaller rank by its SVD.
 """
 
 import copy
+import json
 import math
-import os
-import shutil
 from collections import Counter
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -23,12 +22,16 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model_state_dict
 from peft.tuners.adalora import AdaLoraLayer
 from peft.tuners.lora import LoraLayer
-from safetensors.torch import save_file
 from torch import Tensor
 
+import lora_one
+from lora_one.adapters.checks import check_base_is_untouched
+from lora_one.adapters.stored import ORIGIN, check_replaceable, write_folder
 from lora_one.adapters.write import initial_state
 from lora_one.errors import InputError
 from lora_one.layers import base_name, check_adapter, is_linear
+from lora_one.numerics.factors import METHODS
+from lora_one.numerics.products import truncated_factors
 
 _PLAIN = {
     "init_lora_weights": True,
@@ -110,23 +113,25 @@ def export_adapter(
         adapter_name: which adapter.
 
     Raises:
-        InputError: for an unknown adapter, a rank below 1, or a folder that is no adapter's.
+        InputError: for an unknown adapter, one over changed base weights (PEFT's own PiSSA, another
+            adapter's offset), a rank below 1, or a folder that is no adapter's.
     """
     check_adapter(peft_model, adapter_name)
+    check_base_is_untouched(peft_model, adapter_name)
     if rank is not None and rank < 1:
         raise InputError(f"rank must be at least 1, got {rank}.")
     path = Path(path)
-    if path.exists() and not (path.is_dir() and _is_replaceable(path)):
-        raise InputError(f"{path} exists and holds no adapter; choose another folder.")
+    check_replaceable(path)
     config = peft_model.peft_config[adapter_name]
     use_rslora = getattr(config, "use_rslora", False)
     layers, errors, squares = {}, {}, [0.0, 0.0]
     for name, plain in _plain_layers(peft_model, adapter_name, rank is not None).items():
         if rank is not None:
             # Equal ranks and equal alphas, so that the cut adapter needs no patterns.
-            plain, tail, total = _truncated(replace(plain, alpha=config.lora_alpha), rank)
+            B, A, tail, total = truncated_factors(plain.B, plain.A, rank)
+            plain = replace(plain, B=B, A=A, alpha=config.lora_alpha)
             errors[name] = math.sqrt(tail / total) if total else 0.0
-            squares = [squares[0] + tail, squares[1] + total]
+            squares = [squares[0] + plain.s**2 * tail, squares[1] + plain.s**2 * total]
         layers[name] = plain
     # Embedding weights belong to the base model; only their adapters are ours.
     tensors = get_peft_model_state_dict(
@@ -141,8 +146,16 @@ def export_adapter(
             tensors.pop(adalora_name, None)
         tensors[f"{key}.lora_A.weight"] = plain.A.to(plain.dtype)
         tensors[f"{key}.lora_B.weight"] = (plain.B * (plain.s / exported_s)).to(plain.dtype)
+        bias = tensors.get(f"{key}.lora_B.bias")
+        if bias is not None:  # s multiplies it too
+            tensors[f"{key}.lora_B.bias"] = (_wide(bias) * (plain.s / exported_s)).to(bias.dtype)
     exported = _plain_config(peft_model, config, layers, adapter_name)
-    _write(path, tensors, exported)
+    write_folder(
+        path,
+        tensors,
+        _header(peft_model, adapter_name),
+        lambda folder: exported.save_pretrained(str(folder)),
+    )
     error = math.sqrt(squares[0] / squares[1]) if squares[1] else 0.0
     ranks = [exported.r, *exported.rank_pattern.values()]
     return ExportReport(str(path), exported.r, (min(ranks), max(ranks)), error, errors)
@@ -183,26 +196,6 @@ def _from_adalora(module: AdaLoraLayer, adapter_name: str) -> _Plain:
     return _Plain(B, _wide(A) * _wide(E), s, module.lora_alpha[adapter_name], A.dtype)
 
 
-def _truncated(plain: _Plain, rank: int) -> tuple[_Plain, float, float]:
-    """Return the product's best approximation of a rank, and ``sum σ²`` of its tail and in all.
-
-    ``B = Q_B R_B``, ``Aᵀ = Q_A R_A``: the SVD of the small ``R_B R_Aᵀ`` is that of the product.
-    Both factors get the root of the singular values. Layers of lower rank are padded with zeros.
-    In fp64, because B A and B0 A0 nearly cancel early in training.
-    """
-    Q_B, R_B = torch.linalg.qr(plain.B.double())
-    Q_A, R_A = torch.linalg.qr(plain.A.double().mT)
-    U, S, Vh = torch.linalg.svd(R_B @ R_A.mT)
-    energy = S.square()
-    root = S[:rank].sqrt()
-    B, A = Q_B @ (U[:, :rank] * root), (root[:, None] * Vh[:rank]) @ Q_A.mT
-    missing = rank - root.numel()
-    if missing > 0:
-        B = torch.nn.functional.pad(B, (0, missing))
-        A = torch.nn.functional.pad(A, (0, 0, 0, missing))
-    return replace(plain, B=B, A=A), float(energy[rank:].sum()), float(energy.sum())
-
-
 def _plain_config(
     peft_model: PeftModel, config: Any, layers: dict[str, _Plain], adapter_name: str
 ) -> LoraConfig:
@@ -233,27 +226,16 @@ def _plain_config(
     return exported
 
 
-def _write(path: Path, tensors: dict[str, Tensor], config: LoraConfig) -> None:
-    """Write the folder beside its final name, then move it there."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.parent / f".{path.name}.{os.getpid()}.new"
-    previous = path.parent / f".{path.name}.{os.getpid()}.old"
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir()
-    try:
-        copies = {k: v.detach().cpu().clone().contiguous() for k, v in tensors.items()}
-        save_file(copies, temporary / "adapter_model.safetensors", metadata={"format": "pt"})
-        config.save_pretrained(str(temporary))
-        if path.exists():
-            path.rename(previous)
-        temporary.rename(path)
-        shutil.rmtree(previous, ignore_errors=True)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
-def _is_replaceable(path: Path) -> bool:
-    return (path / "adapter_config.json").is_file() or not any(path.iterdir())
+def _header(peft_model: PeftModel, adapter_name: str) -> dict[str, str]:
+    """Return the safetensors header: how the adapter started, if this library started it."""
+    state = initial_state(peft_model, adapter_name)
+    if state is None:
+        return {"format": "pt"}
+    options = dict(state.metadata)
+    if not METHODS[state.method].uses_scale:
+        options = {k: v for k, v in options.items() if k not in ("scale", "stable_gamma")}
+    origin = {"version": lora_one.__version__, "method": state.method, **options}
+    return {"format": "pt", ORIGIN: json.dumps(origin)}
 
 
 def _wide(factor: Tensor) -> Tensor:

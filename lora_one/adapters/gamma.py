@@ -48,10 +48,11 @@ def search_gamma(
 ) -> float:
     """Return the candidate with the lowest loss of the init batch, and report all of them.
 
-    Forward passes only, one sweep over the batches per candidate.
+    Forward passes only, one sweep over the batches per candidate. Afterwards the adapter is as it
+    was before.
 
     Args:
-        peft_model: its adapter is overwritten with each candidate's factors.
+        peft_model: lends its adapter to each candidate's factors.
         layers: to write.
         starts: factors for gamma = 1.
         batches: the init batch.
@@ -59,13 +60,18 @@ def search_gamma(
         train: as for the gradient.
         seed: of dropout.
     """
-    for gamma in CANDIDATES:
-        for layer in layers:
-            if layer.name in starts:
+    started = [layer for layer in layers if layer.name in starts]
+    before = [(layer.B.detach().clone(), layer.A.detach().clone()) for layer in started]
+    try:
+        for gamma in CANDIDATES:
+            for layer in started:
                 factors = rescale(starts[layer.name], gamma)
                 write_factors(layer, factors.B, factors.A, None)
-        loss = mean_loss(peft_model, batches, train=train, seed=seed)
-        report.gamma_search.append({"stable_gamma": gamma, "loss": loss})
+            loss = mean_loss(peft_model, batches, train=train, seed=seed)
+            report.gamma_search.append({"stable_gamma": gamma, "loss": loss})
+    finally:
+        for layer, (B, A) in zip(started, before, strict=True):
+            write_factors(layer, B, A, None)
     finite = [entry for entry in report.gamma_search if math.isfinite(entry["loss"])]
     if not finite:
         raise InputError("no stable_gamma gives a finite loss on the init batch.")

@@ -12,13 +12,18 @@ from peft.tuners.adalora import AdaLoraLayer
 from torch import Tensor
 
 from lora_one.adapters.cache import fingerprint, load_cached, store
+from lora_one.adapters.checks import (
+    check_active,
+    check_alone,
+    check_layers,
+    check_not_offset,
+    check_ties,
+    check_untrained,
+)
 from lora_one.adapters.gamma import is_auto, rescale, search_gamma
 from lora_one.adapters.report import InitReport, LayerReport
 from lora_one.adapters.write import (
     Options,
-    check_layers,
-    check_not_offset,
-    check_ties,
     compute_factors,
     layer_report,
     start_adapter,
@@ -49,6 +54,8 @@ def initialize(
     seed: int = 0,
     adapter_name: str = "default",
     dtype: torch.dtype | None = None,
+    unsupported: str = "leave",
+    force: bool = False,
     train: bool = True,
     strategy: str = "auto",
     memory_budget: int | None = None,
@@ -74,6 +81,9 @@ def initialize(
         seed: of the random factors, of the randomised SVD and of dropout.
         adapter_name: which adapter.
         dtype: of the written factors; ``None`` keeps the adapter's dtype.
+        unsupported: ``"leave"`` lets adapted layers that are not linear (embeddings, convolutions)
+            keep PEFT's start and lists them in the report, ``"refuse"`` refuses them.
+        force: overwrite factors that are not a start, such as trained ones.
         train: whether dropout is active while the gradient is taken, as in the published codes.
         strategy: how several micro-batches are run, see ``lora_one.gradients.plan``.
         memory_budget: bytes of gradients that may wait for later micro-batches.
@@ -99,9 +109,10 @@ def initialize(
     )
     if options.spec.needs == "gradient" and batches is None:
         raise InputError(f"{method} needs the gradient of the loss: pass the init batches.")
-    layers, report = _prepare(peft_model, options, adapter_name)
+    layers, report = _prepare(peft_model, options, adapter_name, unsupported, force)
     batches = None if batches is None else list(batches)
     if batches is not None:
+        check_active(layers)
         report.tokens = sum(tokens for _, tokens in agreed_batches(peft_model, batches))
     began = time.perf_counter()
     if cache_dir is not None:
@@ -169,6 +180,8 @@ def initialize_adapters(
     seed: int = 0,
     adapter_name: str = "default",
     dtype: torch.dtype | None = None,
+    unsupported: str = "leave",
+    force: bool = False,
 ) -> InitReport:
     """Start an adapter from explicit gradients, as ``estimate_gradients`` returns them.
 
@@ -185,6 +198,8 @@ def initialize_adapters(
         seed: of the random factors and of the randomised SVD.
         adapter_name: which adapter.
         dtype: of the written factors.
+        unsupported: ``"leave"`` or ``"refuse"`` adapted layers that are not linear.
+        force: overwrite factors that are not a start.
 
     Returns:
         The report, without losses.
@@ -201,7 +216,7 @@ def initialize_adapters(
         seed=seed,
         dtype=dtype,
     )
-    layers, report = _prepare(peft_model, options, adapter_name)
+    layers, report = _prepare(peft_model, options, adapter_name, unsupported, force)
     needs_gradient = options.spec.needs == "gradient"
     if needs_gradient:
         _check_gradients(layers, gradients)
@@ -219,10 +234,11 @@ def initialize_adapters(
 
 
 def _prepare(
-    peft_model: PeftModel, options: Options, adapter_name: str
+    peft_model: PeftModel, options: Options, adapter_name: str, unsupported: str, force: bool
 ) -> tuple[list[AdaptedLayer], InitReport]:
     check_adapter(peft_model, adapter_name)
     check_not_offset(peft_model, adapter_name)
+    left = _others(peft_model, adapter_name, unsupported)
     spec = options.spec
     report = InitReport(
         method=options.method,
@@ -234,7 +250,7 @@ def _prepare(
         norm_clip=options.norm_clip,
         seed=options.seed,
         adapter_name=adapter_name,
-        left_to_peft=other_adapted(peft_model, adapter_name),
+        left_to_peft=left,
     )
     if any(isinstance(module, AdaLoraLayer) for module in peft_model.modules()):
         if options.method != "lora":
@@ -246,8 +262,28 @@ def _prepare(
     layers = adapted_layers(peft_model, adapter_name)
     check_layers(layers, options)
     if spec.offset:
+        check_alone(layers, options.method)
         check_ties(peft_model, layers, options.method)
+    if not force:
+        check_untrained(peft_model, layers)
     return layers, report
+
+
+def _others(peft_model: PeftModel, adapter_name: str, unsupported: str) -> list[str]:
+    """Return the adapted layers that keep PEFT's start, unless they are to be refused."""
+    choices = ("leave", "refuse")
+    if unsupported not in choices:
+        raise InputError(
+            f"unsupported must be 'leave' or 'refuse', got '{unsupported}'."
+            f"{nearest(unsupported, choices)}"
+        )
+    names = other_adapted(peft_model, adapter_name)
+    if names and unsupported == "refuse":
+        raise InputError(
+            f"{len(names)} adapted layers are not plain linear layers, first '{names[0]}'; with "
+            "unsupported='leave' they keep PEFT's own start."
+        )
+    return names
 
 
 def _agreed(starts: dict[str, Factors]) -> dict[str, Factors]:

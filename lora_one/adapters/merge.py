@@ -5,8 +5,10 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from torch import nn
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
 
+from lora_one.adapters.checks import parameter_uses
 from lora_one.errors import InputError
 from lora_one.gradients.tokens import to_device
 from lora_one.layers import adapted_layers, is_quantised, model_device
@@ -24,7 +26,8 @@ def merge_adapter(
     """Return the base model with the adapter merged; ``peft_model`` is used up.
 
     The weights are ``W + s B A`` (with DoRA's magnitude where there is one), computed in fp32 and
-    rounded once to ``dtype``.
+    rounded once to ``dtype``. A weight that was tied to another module's (an ``lm_head`` that is
+    also the embedding) changes in the adapted module only; PEFT notes that in the configuration.
 
     Args:
         peft_model: the trained model.
@@ -46,18 +49,41 @@ def merge_adapter(
                 "unquantised base model."
             )
     peft_model.eval().float()
-    before = None if batch is None else _logits(peft_model, batch)
+    before = None if batch is None else logits_of(peft_model, batch)
+    _untie(peft_model)
     merged = peft_model.merge_and_unload(safe_merge=True, adapter_names=[adapter_name]).to(dtype)
     if before is not None:
-        after = _logits(merged, batch).to(before.dtype)
-        difference = float((after - before).abs().max() / before.abs().max())
-        if not difference <= tolerance:
-            raise RuntimeError(
-                f"merging changed the logits by {difference:.2e} of the largest, more than the "
-                f"tolerance of {tolerance:.2e}."
-            )
+        check_same_logits(before, logits_of(merged, batch), tolerance)
     return merged
 
 
-def _logits(model: nn.Module, batch: Mapping[str, Any]) -> torch.Tensor:
+@torch.no_grad()
+def logits_of(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
+    """Return the model's logits of a batch, wherever the model is."""
     return model(**to_device(batch, model_device(model))).logits
+
+
+def check_same_logits(before: Tensor, after: Tensor, tolerance: float) -> float:
+    """Return the largest difference between logits, relative to the largest logit.
+
+    Raises:
+        RuntimeError: if it is more than the tolerance.
+    """
+    difference = float((after.to(before) - before).abs().max() / before.abs().max())
+    if not difference <= tolerance:
+        raise RuntimeError(
+            f"merging changed the logits by {difference:.2e} of the largest, more than the "
+            f"tolerance of {tolerance:.2e}."
+        )
+    return difference
+
+
+def _untie(peft_model: PeftModel) -> None:
+    """Give every adapted module a weight of its own, since PEFT merges in place."""
+    uses = parameter_uses(peft_model)
+    for module in peft_model.modules():
+        if isinstance(module, LoraLayer):
+            base = module.get_base_layer()
+            weight = getattr(base, "weight", None)
+            if weight is not None and uses[id(weight)] > 1:
+                base.weight = nn.Parameter(weight.detach().clone(), weight.requires_grad)

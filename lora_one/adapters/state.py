@@ -7,9 +7,9 @@ from peft import PeftModel
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from lora_one.adapters.checks import check_alone, check_not_offset, check_untrained
 from lora_one.adapters.write import (
     InitialState,
-    check_not_offset,
     initial_state,
     remember,
     reset_dora_magnitude,
@@ -45,7 +45,7 @@ def save_initial_state(
 
 
 def load_initial_state(
-    peft_model: PeftModel, file: str | Path, adapter_name: str = "default"
+    peft_model: PeftModel, file: str | Path, adapter_name: str = "default", *, force: bool = False
 ) -> InitialState:
     """Bring a fresh ``PeftModel`` over the untouched base to the start the file describes.
 
@@ -53,8 +53,15 @@ def load_initial_state(
     first time, so the weights are the same bit for bit, and DoRA's magnitudes are set. Trained
     factors are loaded afterwards, by PEFT.
 
+    Args:
+        peft_model: fresh, over the untouched base.
+        file: of ``save_initial_state``.
+        adapter_name: which adapter.
+        force: overwrite factors that are not a start.
+
     Raises:
-        InputError: if the file does not fit the model, or the base already carries an offset.
+        InputError: if the file does not fit the model, the base already carries an offset, or the
+            adapter was trained.
     """
     check_not_offset(peft_model, adapter_name)
     if not Path(file).is_file():
@@ -77,6 +84,11 @@ def load_initial_state(
         expected = tuple(layers[name].B.shape), tuple(layers[name].A.shape)
         if shapes != expected:
             raise InputError(f"{file}, layer '{name}': shapes {shapes}, expected {expected}.")
+    written = [layers[name] for name in sorted(names)]
+    if state.offset:
+        check_alone(written, state.method)
+    if not force:
+        check_untrained(peft_model, written)
     reshard(peft_model)
     for name in sorted(names):
         B, A = tensors[f"{name}.lora_B"], tensors[f"{name}.lora_A"]

@@ -6,7 +6,6 @@ taken from the base weight, which is rounded once. So the start differs from the
 the rounding of the base weight alone.
 """
 
-from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -21,12 +20,12 @@ from lora_one.errors import InputError, nearest
 from lora_one.layers import (
     AdaptedLayer,
     base_weight,
-    is_quantised,
+    is_out_of_reach,
     write_base_weight,
 )
 from lora_one.numerics.factors import METHODS, SCALES, Factors, Layer, Method, clip_to_weight
 from lora_one.numerics.svd import Summands
-from lora_one.sharding import is_cut, reshard
+from lora_one.sharding import reshard
 
 _STATE = "lora_one_initial_state"
 
@@ -87,67 +86,18 @@ class InitialState:
 
 def initial_state(peft_model: PeftModel, adapter_name: str = "default") -> InitialState | None:
     """Return how the adapter started, or None if it was not started by this library."""
-    return getattr(peft_model.base_model, _STATE, {}).get(adapter_name)
+    return initial_states(peft_model).get(adapter_name)
+
+
+def initial_states(peft_model: PeftModel) -> Mapping[str, InitialState]:
+    """Return the start of every adapter that this library started, by the adapter's name."""
+    return getattr(peft_model.base_model, _STATE, {})
 
 
 def remember(peft_model: PeftModel, adapter_name: str, state: InitialState) -> None:
     """Keep the initial state on the model, outside its ``state_dict``."""
-    states = {**getattr(peft_model.base_model, _STATE, {}), adapter_name: state}
+    states = {**initial_states(peft_model), adapter_name: state}
     setattr(peft_model.base_model, _STATE, states)
-
-
-def check_layers(layers: list[AdaptedLayer], options: Options) -> None:
-    """Raise ``InputError`` for a layer on which the method cannot work, before anything runs."""
-    spec = options.spec
-    usable = {layer: min(layer.shape) // spec.rank_multiple for layer in layers}
-    tight = [layer for layer in layers if layer.r > usable[layer]]
-    if tight:
-        layer = min(tight, key=usable.__getitem__)
-        needs = "2 r" if spec.rank_multiple == 2 else "r"
-        raise InputError(
-            f"rank {layer.r} is too large for layer '{layer.name}' of shape {layer.shape}: "
-            f"{options.method} needs {needs} <= {min(layer.shape)}, so at most rank "
-            f"{usable[layer]} there. Lower r, or set rank_pattern for this layer."
-        )
-    for layer in layers:
-        m, n = layer.shape
-        if tuple(layer.A.shape) != (layer.r, n) or tuple(layer.B.shape) != (m, layer.r):
-            raise InputError(
-                f"the adapter of layer '{layer.name}' is sharded or flattened (lora_A "
-                f"{tuple(layer.A.shape)}, expected {(layer.r, n)}). Initialise before wrapping "
-                "the model with FSDP or DeepSpeed ZeRO-3."
-            )
-        if spec.offset and is_quantised(layer.module):
-            keeps = ", ".join(name for name, entry in METHODS.items() if not entry.offset)
-            raise InputError(
-                f"layer '{layer.name}' is quantised, and {options.method} would have to rewrite "
-                f"its weight. Methods that leave it alone: {keeps}. Or initialise on the "
-                "unquantised model and quantise the offset weights afterwards."
-            )
-        if (spec.offset or options.reads_weight) and _is_out_of_reach(layer):
-            raise InputError(
-                f"the weight of layer '{layer.name}' is sharded, and {options.method} needs all "
-                "of it. Initialise before wrapping the model with FSDP1 or DeepSpeed ZeRO-3, or "
-                "shard it with FSDP2 (fully_shard)."
-            )
-
-
-def check_ties(peft_model: PeftModel, layers: list[AdaptedLayer], method: str) -> None:
-    """Raise ``InputError`` where a weight to be changed is another module's too, and sharded.
-
-    A tied weight is copied before it is changed, and FSDP2 would go on with the original.
-    """
-    reshard(peft_model)
-    owned = (module.parameters(recurse=False) for module in peft_model.modules())
-    uses = Counter(id(parameter) for parameters in owned for parameter in parameters)
-    for layer in layers:
-        weight = getattr(layer.module, "weight", None)
-        if weight is not None and is_cut(weight) and uses[id(weight)] > 1:
-            raise InputError(
-                f"the weight of layer '{layer.name}' is tied to another module's and sharded, and "
-                f"{method} would change both. Leave the layer out of target_modules, or do not "
-                "shard the model."
-            )
 
 
 def compute_factors(
@@ -193,7 +143,7 @@ def layer_report(layer: AdaptedLayer, factors: Factors, gradient_norm: float | N
         gradient_norm: Frobenius norm of G, None for methods that do not use it.
     """
     report = LayerReport(layer.name, layer.shape, layer.r)
-    unknown = not hasattr(layer.module, "weight") or _is_out_of_reach(layer)
+    unknown = not hasattr(layer.module, "weight") or is_out_of_reach(layer)
     W_norm = None if unknown else float(base_weight(layer.module).float().norm())
     if W_norm:
         report.norm_ratio = product_norm(factors.B, factors.A, layer.s) / W_norm
@@ -272,16 +222,6 @@ def start_adapter(
     remember(peft_model, adapter_name, state)
 
 
-def check_not_offset(peft_model: PeftModel, adapter_name: str) -> None:
-    """Raise ``InputError`` if the base weights already carry this adapter's offset."""
-    state = initial_state(peft_model, adapter_name)
-    if state is not None and state.offset:
-        raise InputError(
-            f"adapter '{adapter_name}' was already initialised with {state.method}, which changed "
-            "the base weights. Load the base model again before initialising anew."
-        )
-
-
 def _metadata(options: Options) -> dict[str, Any]:
     return {
         "scale": options.scale,
@@ -289,10 +229,3 @@ def _metadata(options: Options) -> dict[str, Any]:
         "norm_clip": options.norm_clip,
         "seed": options.seed,
     }
-
-
-def _is_out_of_reach(layer: AdaptedLayer) -> bool:
-    """Whether the weight has lost its shape (FSDP1, ZeRO-3); FSDP2's can be put together."""
-    if is_quantised(layer.module):
-        return False
-    return sorted(layer.module.weight.shape) != sorted(layer.shape)

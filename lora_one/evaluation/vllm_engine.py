@@ -11,6 +11,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+from lora_one.adapters.serving import VLLM_RANKS, vllm_rank
 from lora_one.errors import InputError
 from lora_one.evaluation.context import room_for_reply
 from lora_one.evaluation.engines import Decoding
@@ -18,8 +19,6 @@ from lora_one.evaluation.generation import OnReplies, Reply, make_reply
 from lora_one.tasks.base import Example
 from lora_one.tasks.encoding import encode_prompts
 
-# The ranks that vLLM's LoRAConfig takes for max_lora_rank.
-LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 # Requests handed over at a time: many times what vLLM decodes together, so that its scheduler is
 # kept busy, and few enough that a kill loses little.
 CHUNK = 1024
@@ -154,10 +153,10 @@ def _smallest_rank(adapter: Path) -> int:
     """Return the smallest rank that vLLM takes and the adapter fits into."""
     config = json.loads((Path(adapter) / "adapter_config.json").read_text())
     rank = max([config["r"], *(config.get("rank_pattern") or {}).values()])
-    fitting = [choice for choice in LORA_RANKS if choice >= rank]
-    if not fitting:
+    fitting = vllm_rank(rank)
+    if fitting is None:
         raise InputError(
-            f"the adapter has rank {rank}, and vLLM takes at most {LORA_RANKS[-1]}: cut it with "
+            f"the adapter has rank {rank}, and vLLM takes at most {VLLM_RANKS[-1]}: cut it with "
             "export.rank, or give evaluation.engine=transformers"
         )
-    return fitting[0]
+    return fitting

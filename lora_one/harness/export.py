@@ -12,9 +12,8 @@ from transformers import PreTrainedModel
 import lora_one
 from lora_one.harness.config import Config
 from lora_one.harness.data import Batch
-from lora_one.harness.folder import publish, write_atomically
-from lora_one.harness.models import AUTO_CLASSES, Base, base_dtype, load_base
-from lora_one.tasks.registry import TASKS
+from lora_one.harness.folder import publish
+from lora_one.harness.models import Base, base_dtype, load_base
 
 # Above this size a second copy of the base model is not loaded only to check an export.
 LARGEST_CHECKED_BASE = 2_000_000_000
@@ -119,67 +118,7 @@ def _reload_difference(
     return difference
 
 
-def write_card(config: Config, folder: Path, facts: dict[str, Any]) -> None:
-    """Write the adapter's README: what it is, how it was made, how to load it."""
-    exported = facts["export"]
-    if exported["path"] != "adapter":
-        return
-    name = config.model.name
-    loader = AUTO_CLASSES[facts["architecture"]].__name__
-    trained = f"trained with `{config.optimizer.name}` on `{config.dataset.name}`"
-    if not config.trains:
-        trained = "not trained (train=none)"
-    template = facts["data"]["template"]
-    outputs, read = "", f"| prompt | `{template['prompt']!r}` |"
-    if facts["architecture"] == "classification":
-        read = f"| texts | {', '.join(f'`{text!r}`' for text in template['texts'])} |"
-        # One for each label; a score's head has a single one.
-        outputs = f", num_labels={len(TASKS[config.dataset.name].labels) or 1}"
-    lines = [
-        "---",
-        "library_name: peft",
-        f"base_model: {name}",
-        "tags: [lora, peft]",
-        "---",
-        "",
-        f"# {facts['run_id']}",
-        "",
-        f"A plain LoRA of {describe_rank(exported)} for the untouched `{name}`. It was started "
-        f"with **{config.init.direction}** and {trained}.",
-        "",
-        "```python",
-        "from peft import PeftModel",
-        f"from transformers import {loader}",
-        "",
-        f'base = {loader}.from_pretrained("{name}"{outputs})',
-        'model = PeftModel.from_pretrained(base, "adapter")',
-        "```",
-        "",
-        "| | |",
-        "|---|---|",
-        f"| base weights | `{facts['model']['fingerprint']}` |",
-        read,
-        f"| training rows | {facts['data']['rows']['train']} |",
-        f"| steps | {facts['train']['steps']} |",
-        *_result_lines(facts),
-        "",
-        "`config.yaml` and `run.json` beside this folder hold every setting, version and seed.",
-        "",
-    ]
-    write_atomically(folder / "adapter" / "README.md", "\n".join(lines))
-
-
 def describe_rank(facts: dict[str, Any]) -> str:
     """Return ``rank 8``, or ``ranks 3 to 21`` where layers differ; facts as ``export`` returns."""
     low, high = facts["rank_range"]
     return f"rank {low}" if low == high else f"ranks {low} to {high}"
-
-
-def _result_lines(facts: dict[str, Any]) -> list[str]:
-    metrics, name = facts["metrics"], facts["primary_metric"]
-    lines = []
-    if name in metrics:
-        lines.append(f"| {name} | {metrics[name]:.4f} of {metrics['n']} test rows |")
-    if metrics["validation_loss"] is not None:
-        lines.append(f"| validation loss | {metrics['validation_loss']:.4f} |")
-    return lines

@@ -18,6 +18,7 @@ from lora_one.evaluation.loss import mean_token_loss
 from lora_one.harness import diagnostics, evaluation, fsdp, initialization, resume, training
 from lora_one.harness import export as exporting
 from lora_one.harness import plan as planning
+from lora_one.harness.card import write_card
 from lora_one.harness.checkpoint import Checkpoint
 from lora_one.harness.config import Config
 from lora_one.harness.console import say
@@ -338,7 +339,7 @@ def _compared(difference: float) -> str:
 def describe_export(config: Config, record: RunRecord) -> None:
     """Write the adapter's card, now that its metrics are known."""
     if is_main() and "export" in record.facts:
-        exporting.write_card(config, record.folder, record.facts)
+        write_card(config, record.folder, record.facts)
 
 
 @contextmanager

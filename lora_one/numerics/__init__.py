@@ -1,1 +1,1 @@
-"""Pure functions of tensors: truncated SVD, initial factors, preconditioner, principal angles."""
+"""Pure functions of tensors: truncated SVD, products, initial factors, preconditioner, angles."""

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from peft import AdaLoraConfig, PeftModel, get_peft_model
+from peft import AdaLoraConfig, LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 
 import lora_one
@@ -85,7 +85,8 @@ def test_export_before_training_is_rehearsed_exactly(tmp_path, llama, llama_batc
 @pytest.mark.parametrize("rank", [1, 4, 6, 20])
 @pytest.mark.parametrize("use_rslora", [False, True])
 def test_truncation_error_is_the_tail_of_the_singular_values(method, rank, use_rslora, tmp_path):
-    peft_model = trained(tiny_llama(), method, use_rslora=use_rslora)
+    options = {"use_rslora": use_rslora, "alpha_pattern": {"q_proj": 24}}
+    peft_model = trained(tiny_llama(), method, **options)
     report = lora_one.export_adapter(peft_model, tmp_path / "a", rank=rank)
     loaded = PeftModel.from_pretrained(tiny_llama(), tmp_path / "a")
     start = initial_state(peft_model).factors if METHODS[method].offset else {}
@@ -106,6 +107,49 @@ def test_truncation_error_is_the_tail_of_the_singular_values(method, rank, use_r
     assert (report.rank, config_of(tmp_path / "a")["lora_alpha"]) == (rank, 8)
 
 
+@pytest.mark.parametrize("method", ["lora_one", "pissa"])
+@pytest.mark.parametrize(
+    "targets",
+    [["q_proj", "mlp.up_proj"], r".*layers\.1\..*(v|o)_proj", "all-linear"],
+    ids=["list", "regex", "all-linear"],
+)
+def test_targets_are_named_as_peft_takes_them(method, targets, tmp_path, llama_batches):
+    peft_model = get_peft_model(tiny_llama(), LoraConfig(r=4, target_modules=targets))
+    names = [layer.name for layer in adapted_layers(peft_model)]
+    report = lora_one.initialize(peft_model, llama_batches, method=method)
+    assert [layer.name for layer in report.layers] == names
+    perturb(peft_model)
+    lora_one.export_adapter(peft_model, tmp_path / "a")
+    loaded = PeftModel.from_pretrained(tiny_llama(), tmp_path / "a")
+    assert [layer.name for layer in adapted_layers(loaded)] == names
+    assert difference(tmp_path / "a", tiny_llama(), peft_model, llama_batches[0]) < TOLERANCE
+
+
+@pytest.mark.parametrize("method", ["lora_one", "pissa"])
+def test_an_adapter_of_another_name_is_exported(method, tmp_path, llama_batches):
+    config = LoraConfig(r=4, use_rslora=True, target_modules=["q_proj"])
+    peft_model = get_peft_model(tiny_llama(), config, adapter_name="mine")
+    lora_one.initialize(peft_model, llama_batches, method=method, adapter_name="mine")
+    perturb(peft_model)
+    lora_one.export_adapter(peft_model, tmp_path / "a", adapter_name="mine")
+    assert difference(tmp_path / "a", tiny_llama(), peft_model, llama_batches[0]) < TOLERANCE
+
+
+def test_several_adapters_on_one_base_are_started_and_exported_one_by_one(tmp_path, llama_batches):
+    peft_model = adapted(tiny_llama(), use_rslora=True)
+    peft_model.add_adapter("second", LoraConfig(r=2, target_modules=["q_proj", "up_proj"]))
+    peft_model.add_adapter("third", LoraConfig(r=3, use_dora=True, target_modules=["o_proj"]))
+    methods = {"default": "lora_one", "second": "lora", "third": "lora_one"}
+    for name, method in methods.items():
+        peft_model.set_adapter(name)
+        lora_one.initialize(peft_model, llama_batches, method=method, adapter_name=name)
+        perturb(peft_model, size=0.1)
+    for name in methods:
+        peft_model.set_adapter(name)
+        lora_one.export_adapter(peft_model, tmp_path / name, adapter_name=name)
+        assert difference(tmp_path / name, tiny_llama(), peft_model, llama_batches[0]) < TOLERANCE
+
+
 def test_patterns_embeddings_and_saved_modules_are_included(tmp_path, llama_batches):
     peft_model = trained(
         tiny_llama(),
@@ -121,6 +165,21 @@ def test_patterns_embeddings_and_saved_modules_are_included(tmp_path, llama_batc
     tensors = load_file(tmp_path / "a" / "adapter_model.safetensors")
     assert any(key.endswith("lm_head.weight") for key in tensors)
     assert not any(key.endswith("embed_tokens.weight") for key in tensors)
+
+
+@pytest.mark.parametrize("use_rslora", [False, True])
+@pytest.mark.parametrize("method", ["lora_one", "pissa"])
+@pytest.mark.parametrize("rank", [None, 8])
+def test_the_bias_of_lora_b_keeps_its_scaling(use_rslora, method, rank, tmp_path, llama_batches):
+    peft_model = trained(
+        tiny_llama(attention_bias=True, mlp_bias=True),
+        method,
+        use_rslora=use_rslora,
+        lora_bias=True,
+    )
+    lora_one.export_adapter(peft_model, tmp_path / "a", rank=rank)  # 8 = 2 r loses nothing
+    base = tiny_llama(attention_bias=True, mlp_bias=True)
+    assert difference(tmp_path / "a", base, peft_model, llama_batches[0]) < TOLERANCE
 
 
 def test_adalora_becomes_a_plain_lora(tmp_path, llama_batches):

@@ -6,6 +6,7 @@ import torch
 import lora_one
 from lora_one.adapters.state import load_initial_state, save_initial_state
 from lora_one.gradients.tap import weight_gradient
+from lora_one.layers import adapted_layers
 from lora_one.numerics.svd import truncated_svd
 from lora_one.optimizers import lora_pairs
 from lora_one.preconditioning import precondition_pairs
@@ -66,3 +67,10 @@ def test_stacked_pairs_equal_a_float64_solve():
     ours = [factor.grad for pair in pairs for factor in pair]
     for gradient, exact in zip(ours, expected, strict=True):
         assert float((gradient - exact).norm() / exact.norm()) < 1e-3
+
+
+def test_an_adapter_on_another_device_than_its_layer_is_refused():
+    peft_model = adapted(tiny_llama())
+    adapted_layers(peft_model)[0].peft_layer.lora_A.cuda()
+    with pytest.raises(lora_one.InputError, match=r"different devices \(cpu, cuda:0\)"):
+        lora_one.initialize(peft_model, batches_for(), method="lora_one")

@@ -189,7 +189,7 @@ def test_damping_can_be_read_and_changed():
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_factors_train(dtype):
-    model = started()
+    model = adapted(tiny_llama())
     lora_one.initialize(model, batches_for(), method="lora_one", dtype=dtype)
     # AdamW's default eps of 1e-8 is zero in fp16.
     optimizer = lora_one.create_preconditioned_optimizer(

@@ -1,0 +1,264 @@
+"""A LoRA as PEFT stores it: a folder with a configuration and safetensors, no model.
+
+Only torch and safetensors are needed. Pickled weights are never opened.
+"""
+
+import json
+import math
+import os
+import re
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from lora_one.errors import InputError
+
+SETTINGS = "adapter_config.json"
+WEIGHTS = "adapter_model.safetensors"
+ORIGIN = "lora_one"
+"""Key in the safetensors header under which ``export_adapter`` says how the adapter started."""
+
+# Beginnings of the ``init_lora_weights`` with which PEFT itself changes the base weights.
+_CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+# Settings with which a layer adds something else than s B A x.
+_OTHER_PRODUCTS = (
+    "target_parameters",
+    "use_qalora",
+    "use_bdlora",
+    "kasa_config",
+    "arrow_config",
+    "monteclora_config",
+)
+_PREFIX = "base_model.model."
+_FACTOR = re.compile(r"(.+)\.lora_(?:([AB])\.weight|embedding_([AB]))")
+
+
+@dataclass(frozen=True)
+class StoredLayer:
+    """One layer's factors as they are stored.
+
+    Attributes:
+        name: in the base model.
+        kind: ``linear``, ``embedding`` or ``convolution``.
+        r: rank.
+        alpha: ``lora_alpha`` of this layer.
+        s: what multiplies the product.
+        B: ``lora_B``, (out, r), or (out, r, 1, ...) of a convolution.
+        A: ``lora_A``, (r, in), or (r, in, kernel...) of a convolution.
+    """
+
+    name: str
+    kind: str
+    r: int
+    alpha: float
+    s: float
+    B: Tensor
+    A: Tensor
+
+    @property
+    def keys(self) -> tuple[str, str]:
+        """Names of B and A in the file."""
+        if self.kind == "embedding":
+            return tuple(f"{_PREFIX}{self.name}.lora_embedding_{letter}" for letter in "BA")
+        return tuple(f"{_PREFIX}{self.name}.lora_{letter}.weight" for letter in "BA")
+
+    @property
+    def matrices(self) -> tuple[Tensor, Tensor]:
+        """B (m, r) and A (r, n), a convolution's kernel laid out in n."""
+        return self.B.flatten(1), self.A.flatten(1)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Shape (m, n) of the product."""
+        B, A = self.matrices
+        return B.shape[0], A.shape[1]
+
+
+@dataclass(frozen=True)
+class StoredAdapter:
+    """A LoRA in a folder.
+
+    Attributes:
+        path: The folder.
+        config: ``adapter_config.json``, every key.
+        layers: In the order of the file.
+        others: What is stored beside the factors (modules trained in full, DoRA's magnitudes,
+            biases), by the name in the file.
+        header: The metadata of the safetensors file.
+    """
+
+    path: Path
+    config: Mapping[str, Any]
+    layers: list[StoredLayer]
+    others: Mapping[str, Tensor]
+    header: Mapping[str, str]
+
+    @property
+    def changes_base(self) -> bool:
+        """Whether the factors belong to a base that PEFT's own start has changed."""
+        return changes_base(self.config.get("init_lora_weights", True))
+
+    @property
+    def origin(self) -> dict[str, Any] | None:
+        """How the adapter started, if ``export_adapter`` wrote it."""
+        return json.loads(self.header[ORIGIN]) if ORIGIN in self.header else None
+
+
+def changes_base(init_lora_weights: bool | str) -> bool:
+    """Whether PEFT changes the base weights when it starts an adapter like this."""
+    return str(init_lora_weights).lower().startswith(_CHANGES_BASE)
+
+
+def read_stored(path: str | Path) -> StoredAdapter:
+    """Read an adapter folder.
+
+    Raises:
+        InputError: no such folder, no LoRA in it, or one that is damaged or pickled.
+    """
+    folder = Path(path)
+    if not folder.is_dir():
+        raise InputError(f"{path}: there is no such folder. Expected a PEFT adapter's folder.")
+    config = _read_config(folder)
+    tensors, header = _read_weights(folder)
+    factors: dict[tuple[str, bool], dict[str, Tensor]] = {}
+    others = {}
+    for key, tensor in tensors.items():
+        found = _FACTOR.fullmatch(key)
+        if found is None:
+            others[key] = tensor
+            continue
+        name, letter, of_embedding = found.groups()
+        pair = factors.setdefault((name.removeprefix(_PREFIX), letter is None), {})
+        pair[letter or of_embedding] = tensor
+    if not factors:
+        raise InputError(f"{folder}: {WEIGHTS} holds no lora_A and lora_B.")
+    layers = [_layer(folder, config, *key, pair) for key, pair in factors.items()]
+    return StoredAdapter(folder, config, layers, others, header)
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    file = folder / SETTINGS
+    if not file.is_file():
+        held = ", ".join(sorted(entry.name for entry in folder.iterdir())[:8]) or "nothing"
+        raise InputError(f"{folder}: there is no {SETTINGS}, so this is no PEFT adapter ({held}).")
+    try:
+        config = json.loads(file.read_text())
+        kind = config["peft_type"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{file} cannot be read as an adapter's settings: {error!r}") from None
+    if kind != "LORA":
+        raise InputError(
+            f"{folder} holds a {kind} adapter; expected LORA. lora_one.export_adapter writes a "
+            "trained AdaLoRA as a plain LoRA."
+        )
+    others = [name for name in _OTHER_PRODUCTS if config.get(name)]
+    if others:
+        raise InputError(
+            f"{folder}: {others[0]} makes a layer add something else than s B A x, which is not "
+            "read here; use the adapter with PEFT."
+        )
+    for key in ("r", "lora_alpha"):
+        if not isinstance(config.get(key), int | float):
+            raise InputError(f"{file}: {key} must be a number, got {config.get(key)!r}.")
+    return config
+
+
+def _read_weights(folder: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    file = folder / WEIGHTS
+    if not file.is_file():
+        pickled = folder / WEIGHTS.replace(".safetensors", ".bin")
+        raise InputError(
+            f"{folder}: there is no {WEIGHTS}."
+            + (
+                f" {pickled.name} is a pickle, which can run code and is not opened here: load it "
+                "with PEFT where you trust it, and save_pretrained() writes safetensors."
+                if pickled.is_file()
+                else ""
+            )
+        )
+    try:
+        with safe_open(file, framework="pt") as stored:
+            tensors = {key: stored.get_tensor(key) for key in stored.keys()}  # noqa: SIM118 (no dict)
+            return tensors, stored.metadata() or {}
+    except SafetensorError as error:
+        raise InputError(f"{file} is damaged: {error}") from None
+
+
+def _layer(
+    folder: Path, config: Mapping[str, Any], name: str, embedding: bool, pair: dict[str, Tensor]
+) -> StoredLayer:
+    if len(pair) != 2:
+        raise InputError(f"{folder}: layer '{name}' has lora_{'/'.join(pair)} only.")
+    B, A = pair["B"], pair["A"]
+    r = pattern_value(config.get("rank_pattern"), name, config["r"])
+    if min(B.ndim, A.ndim) < 2 or not B.shape[1] == A.shape[0] == r:
+        raise InputError(
+            f"{folder}: layer '{name}' holds B {tuple(B.shape)} and A {tuple(A.shape)}, expected "
+            f"B (out, {r}) and A ({r}, in) for its rank {r}."
+        )
+    kind = "embedding" if embedding else "linear" if A.ndim == 2 else "convolution"
+    alpha = pattern_value(config.get("alpha_pattern"), name, config["lora_alpha"])
+    s = scaling(alpha, r, use_rslora=bool(config.get("use_rslora")))
+    return StoredLayer(name, kind, r, alpha, s, B, A)
+
+
+def scaling(alpha: float, r: int, *, use_rslora: bool) -> float:
+    """Return ``s = alpha / r``, or ``alpha / sqrt(r)`` with rsLoRA."""
+    return alpha / (math.sqrt(r) if use_rslora else r)
+
+
+def pattern_value(pattern: Mapping[str, Any] | None, name: str, otherwise: Any) -> Any:
+    """Return the value of PEFT's ``rank_pattern`` or ``alpha_pattern`` for a layer.
+
+    PEFT's rule: a key is a regular expression for the end of the name from a dot on, and the first
+    that fits counts.
+    """
+    for key, value in (pattern or {}).items():
+        if re.fullmatch(rf"(.*\.)?({key})", name):
+            return value
+    return otherwise
+
+
+def check_replaceable(path: Path) -> None:
+    """Raise ``InputError`` if something other than an adapter is there already."""
+    if not path.exists():
+        return
+    if not path.is_dir() or (any(path.iterdir()) and not (path / SETTINGS).is_file()):
+        raise InputError(f"{path} exists and holds no adapter; choose another folder.")
+
+
+def write_folder(
+    path: Path,
+    tensors: Mapping[str, Tensor],
+    header: Mapping[str, str],
+    save_settings: Callable[[Path], object],
+) -> None:
+    """Write an adapter beside its final name, then move it there, so that it is whole or absent.
+
+    Args:
+        path: The folder; an adapter that is there already is replaced.
+        tensors: What ``adapter_model.safetensors`` holds.
+        header: Its metadata.
+        save_settings: Writes the settings into the folder that it is given.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.parent / f".{path.name}.{os.getpid()}.new"
+    previous = path.parent / f".{path.name}.{os.getpid()}.old"
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir()
+    try:
+        copies = {k: v.detach().cpu().clone().contiguous() for k, v in tensors.items()}
+        save_file(copies, temporary / WEIGHTS, metadata=dict(header))
+        save_settings(temporary)
+        if path.exists():
+            path.rename(previous)
+        temporary.rename(path)
+        shutil.rmtree(previous, ignore_errors=True)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
