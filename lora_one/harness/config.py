@@ -7,6 +7,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from lora_one.numerics.methods import METHODS
+
 # The groups of conf/config.yaml's defaults list.
 GROUPS = (
     "dataset",
@@ -21,18 +23,9 @@ GROUPS = (
 )
 
 # init.direction, in the spelling of the papers -> method name of lora_one.initialize.
-METHODS = {
-    "LoRA": "lora",
-    "gaussian": "gaussian",
-    "kaiming": "kaiming",
-    "orthogonal": "orthogonal",
-    "PiSSA": "pissa",
-    "OLoRA": "olora",
-    "LoRA-GA": "lora_ga",
-    "LoRA-One": "lora_one",
-}
-GRADIENT_METHODS = {"lora_ga", "lora_one"}
-SCALED_METHODS = GRADIENT_METHODS | {"gaussian", "kaiming", "orthogonal"}
+DIRECTIONS = {method.title: name for name, method in METHODS.items()}
+GRADIENT_METHODS = {name for name, method in METHODS.items() if method.needs == "gradient"}
+SCALED_METHODS = {name for name, method in METHODS.items() if method.uses_scale}
 
 Positive = Annotated[float, Field(gt=0)]
 NotNegative = Annotated[float, Field(ge=0)]
@@ -119,7 +112,7 @@ class PeftConfig(Section):
 class InitConfig(Section):
     """How the adapter starts."""
 
-    direction: str = Field(description="the method: " + ", ".join(METHODS))
+    direction: str = Field(description="the method: " + ", ".join(DIRECTIONS))
     dtype: Literal["fp32", "bf16"] = Field(description="dtype of the adapter")
     seed: Seed = Field(description="seed of random factors and of the randomised SVD")
     scale: Literal["stable", "unit", "gd", "weightS"] | None = None
@@ -134,7 +127,7 @@ class InitConfig(Section):
     @property
     def method(self) -> str:
         """Name of the method as ``lora_one.initialize`` takes it."""
-        return METHODS[self.direction]
+        return DIRECTIONS[self.direction]
 
 
 class AdamWConfig(Section):
