@@ -50,6 +50,9 @@ def page() -> str:
     with composer(CONF):
         defaults = OmegaConf.to_container(compose("config"), resolve=False)
     sections = {key: _variants(entry, schema) for key, entry in properties.items()}
+    for variants in sections.values():
+        for variant in variants:
+            variant["properties"] = _flat(variant["properties"], schema)
     top = [key for key, variants in sections.items() if not variants]
     parts = [INTRODUCTION, "## Top level", _keys("", properties, top, defaults)]
     for key in dict.fromkeys([*sections, *GROUPS]):
@@ -57,7 +60,8 @@ def page() -> str:
         if variants or choices:
             parts.append(f"## {key}")
         if variants:
-            parts += _section(key, variants, choices, defaults[key])
+            note = properties[key].get("description", "")
+            parts += _section(key, note, variants, choices, defaults[key] or {})
         if choices:
             parts.append(_choices(key, choices, defaults[key] if variants else None))
     return "\n\n".join(parts) + "\n"
@@ -82,16 +86,28 @@ def _whole(content: Values, files: Mapping[str, Values]) -> Values:
 
 def _variants(entry: Values, schema: Values) -> list[Values]:
     """Return the schemas that a section can have: none for a single value."""
-    references = [branch["$ref"] for branch in entry.get("oneOf", [entry]) if "$ref" in branch]
+    branches = entry.get("oneOf") or entry.get("anyOf") or [entry]
+    references = [branch["$ref"] for branch in branches if "$ref" in branch]
     return [schema["$defs"][reference.rpartition("/")[2]] for reference in references]
 
 
+def _flat(properties: Values, schema: Values) -> dict[str, Any]:
+    """Return the keys of a section, those of a section within it as ``section.key``."""
+    flat: dict[str, Any] = {}
+    for key, entry in properties.items():
+        inner = [_flat(variant["properties"], schema) for variant in _variants(entry, schema)]
+        flat |= {f"{key}.{name}": value for part in inner for name, value in part.items()}
+        flat |= {} if inner else {key: entry}
+    return flat
+
+
 def _section(
-    key: str, variants: list[Values], choices: Mapping[str, Values], default: Values
+    key: str, note: str, variants: list[Values], choices: Mapping[str, Values], default: Values
 ) -> list[str]:
     """Return what a section is and the tables of its keys: of all its variants, then of each."""
     common = variants[0]["properties"]
-    parts = [_plain(variants[0]["description"]), _keys(key, common, common, default)]
+    said = _plain(f"{variants[0]['description']} {note}")
+    parts = [said, _keys(key, common, common, default)]
     for variant in variants[1:]:
         properties = variant["properties"]
         kinds = properties["name"].get("enum") or [properties["name"]["const"]]
@@ -136,7 +152,7 @@ def _keys(section: str, properties: Values, keys: Iterable[str], defaults: Value
         (
             _code(f"{prefix}{key}"),
             _kind(properties[key]),
-            _code(defaults[key]),
+            _code(defaults[key]) if key in defaults else "",
             _plain(properties[key]["description"]),
         )
         for key in keys
