@@ -13,12 +13,12 @@ LINK = re.compile(r"\[[^\]\[]*\]\(([^)\s]+)\)")
 
 @dataclass(frozen=True)
 class Block:
-    """A fenced code block; ``info`` is what its fence says after the language."""
+    """A fenced code block; ``file`` is the name that stands alone in the line before it, or ''."""
 
     page: str
     line: int
     language: str
-    info: str
+    file: str
     text: str
 
     def __str__(self):
@@ -40,10 +40,11 @@ def blocks(page: Path) -> list[Block]:
     source = page.read_text(encoding="utf-8")
     found = []
     for match in FENCE.finditer(source):
-        language, _, info = match[3].strip().partition(" ")
         line = source.count("\n", 0, match.start()) + 1
+        file = re.search(r"^`([^`]+)`:\n\n\Z", source[: match.start()], re.MULTILINE)
         text = re.sub(rf"^{match[1]}", "", match[4], flags=re.MULTILINE)
-        found.append(Block(name_of(page), line, language, info, text))
+        language = match[3].strip()
+        found.append(Block(name_of(page), line, language, file[1] if file else "", text))
     return found
 
 
