@@ -50,7 +50,9 @@ class Arm:
     def title(self) -> str:
         """What the terminal calls it."""
         scaling = "" if self.config.peft.use_rslora else ", alpha / r"
-        return f"{self.config.method} · {self.config.optimizer.name}{scaling}"
+        allocation = self.config.init.rank_allocation
+        ranks = "" if allocation == "uniform" else f", ranks by {allocation}"
+        return f"{self.config.method} · {self.config.optimizer.name}{scaling}{ranks}"
 
     @property
     def axes(self) -> list[list[float]]:
@@ -66,7 +68,8 @@ class Arm:
     def run(self, setting: Setting, *more: str) -> Point:
         """Compose a run of it at a setting; call inside ``composer``."""
         values = [f"{TUNED[name]}={v!r}" for name, v in zip(self.names, setting, strict=True)]
-        overrides = (*self.overrides, *values, *more, "comparison=null")
+        own = [one for one in self.overrides if _key(one).partition(".")[0] != "comparison"]
+        overrides = (*own, *values, *more, "comparison=none")
         return Point(overrides, compose_config(overrides))
 
     def words(self, setting: Setting) -> str:

@@ -18,6 +18,7 @@ GROUPS = (
     "optimizer",
     "tracking",
     "launcher",
+    "comparison",
     "experiment",
     "smoke",
 )
@@ -25,12 +26,20 @@ GROUPS = (
 # init.direction, in the spelling of the papers -> method name of lora_one.initialize.
 DIRECTIONS = {method.title: name for name, method in METHODS.items()}
 GRADIENT_METHODS = {name for name, method in METHODS.items() if method.needs == "gradient"}
+WEIGHT_METHODS = {name for name, method in METHODS.items() if method.needs == "weight"}
 SCALED_METHODS = {name for name, method in METHODS.items() if method.uses_scale}
 
 Positive = Annotated[float, Field(gt=0)]
 NotNegative = Annotated[float, Field(ge=0)]
 Count = Annotated[int, Field(gt=0)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
+
+
+def needs_gradient(method: str, rank_allocation: str | None) -> bool:
+    """Tell whether a method, or the allocation of its ranks, takes the one-step gradient."""
+    return method in GRADIENT_METHODS or (
+        rank_allocation == "energy" and method not in WEIGHT_METHODS
+    )
 
 
 class Section(BaseModel):
@@ -115,6 +124,10 @@ class InitConfig(Section):
     """How the adapter starts."""
 
     direction: str = Field(description="the method: " + ", ".join(DIRECTIONS))
+    rank_allocation: Literal["uniform", "energy"] = Field(
+        "uniform",
+        description="energy: ranks by singular values, within the parameters of rank lora_r",
+    )
     dtype: Literal["fp32", "bf16"] = Field(description="dtype of the adapter")
     seed: Seed = Field(description="seed of random factors and of the randomised SVD")
     scale: Literal["stable", "unit", "gd", "weightS"] | None = Field(
@@ -132,6 +145,11 @@ class InitConfig(Section):
     def method(self) -> str:
         """Name of the method as ``lora_one.initialize`` takes it."""
         return DIRECTIONS[self.direction]
+
+    @property
+    def needs_gradient(self) -> bool:
+        """Tell whether the one-step gradient is taken, for the factors or for the ranks."""
+        return needs_gradient(self.method, self.rank_allocation)
 
 
 class AdamWConfig(Section):
@@ -336,7 +354,8 @@ class Config(Section):
     wandb: WandbConfig
     launcher: LauncherConfig
     comparison: ComparisonConfig | None = Field(
-        None, description="null: one run, or a sweep; experiment=fair/<task> fills it"
+        None,
+        description="null: one run, or the points of a sweep as they are",
     )
     parallelism: Literal["ddp", "fsdp2", "zero2", "zero3"] = Field(
         description="what several ranks share beside the rows: ddp nothing, fsdp2 the base's "
@@ -367,4 +386,4 @@ class Config(Section):
         """Tell whether training rows are needed: to train, or for the gradient of the start."""
         if self.evaluate.adapter is not None:
             return False
-        return self.trains or self.init.method in GRADIENT_METHODS
+        return self.trains or self.init.needs_gradient

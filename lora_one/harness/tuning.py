@@ -38,9 +38,10 @@ def search(
         trials: How many settings to yield in all, at least as many as there are rates.
     """
     rates, *others = axes
+    factor = rates[1] / rates[0]
     losses: dict[Setting, float] = {}
     losses |= yield [(rate, *start[1:]) for rate in rates]
-    while len(losses) < trials and (beyond := _beyond_edge(losses, rates[1] / rates[0])):
+    while len(losses) < trials and (beyond := _beyond_edge(losses, factor)):
         losses |= yield [beyond]
     for axis, values in enumerate(others, start=1):
         at = best(losses)
@@ -48,7 +49,7 @@ def search(
         if untried := untried[: trials - len(losses)]:
             losses |= yield untried
     while len(losses) < trials:
-        losses |= yield [_half_way(losses)]
+        losses |= yield [_half_way(losses, factor)]
 
 
 def best(losses: Mapping[Setting, float]) -> Setting:
@@ -67,19 +68,19 @@ def _beyond_edge(losses: Mapping[Setting, float], factor: float) -> Setting | No
     return None
 
 
-def _half_way(losses: Mapping[Setting, float]) -> Setting:
+def _half_way(losses: Mapping[Setting, float], factor: float) -> Setting:
     """Return the geometric mean of the best rate and a neighbour: the one across the wider gap.
 
     Neighbours are rates that were tried beside the same further settings. Where there is none on
-    either side, a factor of two stands in for the neighbour above.
+    one side, the grid's next rate stands in for it.
     """
     rate, *others = best(losses)
-    tried = sorted(setting[0] for setting in losses if list(setting[1:]) == others)
-    place = tried.index(rate)
-    neighbours = tried[max(place - 1, 0) : place] + tried[place + 1 : place + 2]
-    other = max(neighbours, key=lambda x: abs(math.log(x / rate)), default=2 * rate)
-    middle = math.sqrt(rate * other)
-    return (middle if _rounded(middle) in (rate, other) else _rounded(middle), *others)
+    tried = [setting[0] for setting in losses if list(setting[1:]) == others]
+    below = max((one for one in tried if one < rate), default=rate / factor)
+    above = min((one for one in tried if one > rate), default=rate * factor)
+    low, high = (below, rate) if rate / below >= above / rate else (rate, above)
+    middle = math.sqrt(low * high)
+    return (_rounded(middle) if low < _rounded(middle) < high else middle, *others)
 
 
 def _rounded(rate: float) -> float:

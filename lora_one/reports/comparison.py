@@ -11,7 +11,7 @@ chosen setting are its result.
 """
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -143,10 +143,11 @@ def _subject(group: Group) -> str:
 
 def _block(groups: list[Group]) -> Block:
     metric = groups[0].primary_metric  # the first is a trial only where all are
-    usual = _usual_values(groups)
+    distinguishing = [key for key in varied_settings(groups) if key not in TUNED_KEYS]
+    plain = {key: _plain_values(groups, key) for key in distinguishing}
     arms: dict[str, list[Group]] = {}
     for group in groups:
-        arms.setdefault(_arm_name(group, usual), []).append(group)
+        arms.setdefault(_arm_name(group, plain), []).append(group)
     chosen = [_choose(name, members, metric) for name, members in arms.items()]
     settings = groups[0].settings
     model = str(settings.get("model.name", "model")).rstrip("/").split("/")[-1]
@@ -159,30 +160,31 @@ def _block(groups: list[Group]) -> Block:
     )
 
 
-def _usual_values(groups: Sequence[Group]) -> dict[str, str | None]:
-    """Settings that make arms -> the value that more than half of the groups have, or None."""
-    usual: dict[str, str | None] = {}
-    for key in varied_settings(groups):
-        if key in TUNED_KEYS:
-            continue
-        values = Counter(as_text(group.settings.get(key)) for group in groups)
-        value, count = values.most_common(1)[0]
-        usual[key] = value if 2 * count > len(groups) else None
-    return usual
+def _plain_values(groups: Sequence[Group], key: str) -> dict[tuple[str, str], str]:
+    """Find out who need not say a setting that makes arms.
+
+    Returns:
+        Method and optimiser -> their only value, where most of the block has the same one.
+    """
+    values = Counter(as_text(group.settings.get(key)) for group in groups)
+    usual, count = values.most_common(1)[0]
+    own: dict[tuple[str, str], set[str]] = {}
+    for group in groups:
+        own.setdefault((group.method, group.optimiser), set()).add(as_text(group.settings.get(key)))
+    is_usual = 2 * count > len(groups)
+    return {who: usual for who, had in own.items() if is_usual and had == {usual}}
 
 
-def _arm_name(group: Group, usual: dict[str, str | None]) -> str:
-    """Method, optimiser, and in what it differs from most of its block."""
-    settings = group.settings
+def _arm_name(group: Group, plain: Mapping[str, Mapping[tuple[str, str], str]]) -> str:
+    settings, who = group.settings, (group.method, group.optimiser)
     extra = []
-    for key, value in usual.items():
+    for key, silent in plain.items():
         # What belongs to a method or optimiser is no distinction between methods.
         if key in FOLLOWS_METHOD + FOLLOWS_OPTIMISER and settings.get(key) is None:
             continue
-        if as_text(settings.get(key)) == value:
-            continue
-        extra.append(f"{key.rpartition('.')[2]}={settings.get(key)}")
-    return " · ".join([group.method, group.optimiser, *extra])
+        if who not in silent:
+            extra.append(f"{key.rpartition('.')[2]}={settings.get(key)}")
+    return " · ".join([*who, *extra])
 
 
 def _choose(name: str, groups: list[Group], metric: str) -> Arm:

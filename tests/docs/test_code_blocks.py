@@ -21,6 +21,7 @@ import yaml
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
+import lora_one
 from lora_one.harness.cli import HYDRA_FLAGS, SWEEP_FLAGS
 from lora_one.harness.compose import compose_config, composer
 from lora_one.harness.published import translate
@@ -37,6 +38,7 @@ AS_THEY_ARE = {
     ("README.md", "run_exp.py "): "a file tree; checked below",
     ("README.md", "@inproceedings"): "BibTeX",
     ("docs/offline.md", "error: the model"): "a message; test_prepare.py holds the run to it",
+    ("docs/rank-allocation.md", "max "): "a formula",
     ("docs/slurm.md", "srun --ntasks-per-node=1 bash"): "a pattern, with ... for the rest",
 }
 PARSERS = {"json": json.loads, "toml": tomllib.loads, "yaml": yaml.safe_load}
@@ -99,8 +101,9 @@ def workplace(tmp_path, monkeypatch):
 def test_every_shell_command_is_understood(page, workplace):
     (workplace / "shell").mkdir()
     shell = Shell(workplace / "shell")
-    for call in shell.run([(str(block), block.text) for block in of(page, "bash")]):
-        check(call, call.program, call.arguments, shell)
+    with composer(ROOT / "conf"):
+        for call in shell.run([(str(block), block.text) for block in of(page, "bash")]):
+            check(call, call.program, call.arguments, shell)
 
 
 def check(call, program, arguments, shell):
@@ -162,8 +165,7 @@ def composes(arguments):
 
 @cache
 def compose_once(point):
-    with composer(ROOT / "conf"):
-        compose_config(translate(point)[0])
+    compose_config(translate(point)[0])
 
 
 def parses(name, arguments, *, is_module):
@@ -209,6 +211,7 @@ def test_every_python_block_runs(page, tiny, workplace):
         "base": base,
         "batches": [{**rows, "labels": labels}],
         "get_peft_model": peft.get_peft_model,
+        "lora_one": lora_one,
         "tokenizer": tokenizer,
         "torch": torch,
     }
