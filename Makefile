@@ -31,7 +31,7 @@ docs: $(VENV)/installed
 
 # README.md and docs/ as a site in site/; a link that leads nowhere is an error.
 site: docs
-	$(BIN)/python -m mkdocs build --strict --quiet
+	$(BIN)/python -m mkdocs build --strict
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .

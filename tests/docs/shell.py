@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 # Programs of the system and of SLURM; what they are told is not checked.
-SYSTEM = ("cmp", "pip", "scontrol", "sleep", "squeue", "tail")
+SYSTEM = ("cmp", "git", "pip", "pre-commit", "scontrol", "sleep", "squeue", "tail")
 CHECKED = ("accelerate", "make", "python", "python3", "sbatch", "srun", "torchrun")
 REAL = ("cat",)  # writes the scripts that a page shows
 STUB = """#!/bin/bash
@@ -35,9 +35,8 @@ class Shell:
         self._programs = folder / "programs"
         for place in (self._programs, folder / ".venv" / "bin"):
             place.mkdir(parents=True)
-        for name in (*SYSTEM, *CHECKED):
-            self._stub(self._programs / name)
-        self._stub(folder / ".venv" / "bin" / "pip")
+            for name in (*SYSTEM, *CHECKED):
+                self._stub(place / name)
         (folder / ".venv" / "bin" / "activate").touch()
         for name in REAL:
             (self._programs / name).symlink_to(f"/bin/{name}")

@@ -19,7 +19,7 @@ needs_mkdocs = pytest.mark.skipif(
 def site(tmp_path_factory):
     folder = tmp_path_factory.mktemp("site")
     answer = subprocess.run(
-        [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", folder],
+        [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", folder],
         cwd=ROOT,
         capture_output=True,
         text=True,
