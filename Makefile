@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: run report test notebook lint format clean
+.PHONY: run report test notebook docs site lint format clean
 
 run: $(VENV)/installed
 	$(BIN)/python run_exp.py -m init=lora,pissa,lora_ga,lora_one
@@ -25,6 +25,14 @@ notebook: $(VENV)/installed
 		--to notebook --execute --inplace --ExecutePreprocessor.timeout=900 \
 		--ExecutePreprocessor.record_timing=False Toy_Experiments.ipynb
 
+# docs/configuration.md from the schema and conf/.
+docs: $(VENV)/installed
+	$(BIN)/python scripts/config_reference.py
+
+# README.md and docs/ as a site in site/; a link that leads nowhere is an error.
+site: docs
+	$(BIN)/python -m mkdocs build --strict
+
 lint: $(VENV)/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -39,4 +47,4 @@ $(VENV)/installed: requirements.txt requirements-dev.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) results
+	rm -rf $(VENV) results site

@@ -12,6 +12,7 @@ from lora_one.gradients.stream import mean_loss
 from lora_one.gradients.tokens import Batch
 from lora_one.layers import AdaptedLayer
 from lora_one.numerics.factors import Factors
+from lora_one.numerics.methods import METHODS
 
 CANDIDATES = tuple(4.0**k for k in range(9))
 """What is tried: 1 to 65536. The loss is smooth in log gamma."""
@@ -29,10 +30,12 @@ def is_auto(
         return False
     if stable_gamma != "auto":
         raise InputError(f"stable_gamma must be a number or 'auto', got '{stable_gamma}'.")
-    if (method, scale) != ("lora_one", "stable") or batches is None:
+    able = [name for name, spec in METHODS.items() if spec.searches_gamma]
+    if method not in able or scale != "stable" or batches is None:
         raise InputError(
             "stable_gamma='auto' compares losses after the start, so it needs batches, method "
-            "'lora_one' and scale 'stable'; the other methods start at the base model's loss."
+            f"{' or '.join(map(repr, able))} and scale 'stable'; the other methods start at the "
+            "base model's loss."
         )
     return True
 

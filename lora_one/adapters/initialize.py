@@ -73,7 +73,7 @@ def initialize(
         batches: the init batch as micro-batches, keyword arguments of the model with labels.
             Needed by ``lora_ga`` and ``lora_one``; for the other methods optional, to report the
             loss before and after. Under ``torch.distributed`` each rank passes its share.
-        method: a key of ``lora_one.numerics.factors.METHODS``.
+        method: a key of ``lora_one.numerics.methods.METHODS``.
         scale: ``"stable"``, ``"unit"``, ``"gd"`` or ``"weightS"``.
         stable_gamma: the official ``init.stable_gamma``; ``"auto"`` (LoRA-One with the stable
             scale) takes the power of 4 with the lowest loss of the init batch after the start.
@@ -191,7 +191,7 @@ def initialize_adapters(
         peft_model: with a LoRA adapter.
         gradients: base model's module name -> mean gradient (out, in); needed by ``lora_ga`` and
             ``lora_one`` for every adapted linear layer, not looked at by other methods.
-        method: a key of ``lora_one.numerics.factors.METHODS``.
+        method: a key of ``lora_one.numerics.methods.METHODS``.
         scale: the rule for the factors' size.
         stable_gamma: the official ``init.stable_gamma``.
         norm_clip: shrink the factors until ``max|s B A| <= max|W|``.

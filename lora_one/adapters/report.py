@@ -37,7 +37,7 @@ class InitReport:
     """An initialisation: the equation that was followed, and its effect layer by layer.
 
     Attributes:
-        method: as in ``lora_one.numerics.factors.METHODS``.
+        method: as in ``lora_one.numerics.methods.METHODS``.
         equation: what was computed.
         source: where the equation comes from.
         offset: whether ``s B0 A0`` was taken from the base weights.

@@ -23,7 +23,8 @@ from lora_one.layers import (
     is_out_of_reach,
     write_base_weight,
 )
-from lora_one.numerics.factors import METHODS, SCALES, Factors, Layer, Method, clip_to_weight
+from lora_one.numerics.factors import SCALES, Factors, Layer, clip_to_weight
+from lora_one.numerics.methods import METHODS, Method
 from lora_one.numerics.svd import Summands
 from lora_one.sharding import reshard
 

@@ -7,6 +7,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from lora_one.numerics.methods import METHODS
+
 # The groups of conf/config.yaml's defaults list.
 GROUPS = (
     "dataset",
@@ -22,19 +24,10 @@ GROUPS = (
 )
 
 # init.direction, in the spelling of the papers -> method name of lora_one.initialize.
-METHODS = {
-    "LoRA": "lora",
-    "gaussian": "gaussian",
-    "kaiming": "kaiming",
-    "orthogonal": "orthogonal",
-    "PiSSA": "pissa",
-    "OLoRA": "olora",
-    "LoRA-GA": "lora_ga",
-    "LoRA-One": "lora_one",
-}
-GRADIENT_METHODS = {"lora_ga", "lora_one"}
-WEIGHT_METHODS = {"pissa", "olora"}
-SCALED_METHODS = GRADIENT_METHODS | {"gaussian", "kaiming", "orthogonal"}
+DIRECTIONS = {method.title: name for name, method in METHODS.items()}
+GRADIENT_METHODS = {name for name, method in METHODS.items() if method.needs == "gradient"}
+WEIGHT_METHODS = {name for name, method in METHODS.items() if method.needs == "weight"}
+SCALED_METHODS = {name for name, method in METHODS.items() if method.uses_scale}
 
 Positive = Annotated[float, Field(gt=0)]
 NotNegative = Annotated[float, Field(ge=0)]
@@ -95,16 +88,18 @@ class ModelConfig(Section):
     bf16: bool = Field(description="base weights in bfloat16 (adapters stay float32)")
     epochs: Positive = Field(description="passes over the training rows")
     max_steps: Count | None = Field(description="stop after this many optimiser steps")
-    learning_rate: Positive
-    weight_decay: NotNegative
+    learning_rate: Positive = Field(description="largest one, after the warm-up")
+    weight_decay: NotNegative = Field(description="AdamW's, decoupled from the gradient")
     max_grad_norm: Positive | None = Field(description="gradient clipping; null: none")
     schedule: Literal["linear", "cosine", "constant"] = Field(description="after the warm-up")
     warmup_steps: NotNegative = Field(description="steps, or a share of all steps when below 1")
-    per_device_batch_size: Count
+    per_device_batch_size: Count = Field(description="rows of a micro-batch on one device")
     real_batch_size: Count = Field(description="rows per optimiser step, over all devices")
     max_length: Count = Field(description="rows with more tokens are left out, and counted")
-    gradient_checkpointing: bool
-    logging_steps: Count
+    gradient_checkpointing: bool = Field(
+        description="compute activations again in the backward pass, to save memory"
+    )
+    logging_steps: Count = Field(description="log the training loss every so many steps")
     eval_epochs: Positive = Field(description="validation loss every so many epochs")
     seed: Seed = Field(description="seed of dropout and of the order of the batches")
 
@@ -113,29 +108,31 @@ class PeftConfig(Section):
     """The adapter's shape."""
 
     use_peft: bool = Field(description="false: full fine-tuning")
-    lora_r: Count
-    lora_alpha: Count
+    lora_r: Count = Field(description="rank r of the adapter")
+    lora_alpha: Count = Field(description="alpha of the scaling s in s B A")
     use_rslora: bool = Field(description="scaling alpha / sqrt(r); false: alpha / r")
-    lora_dropout: float = Field(ge=0, lt=1)
+    lora_dropout: float = Field(ge=0, lt=1, description="of the adapter's input, in training")
     lora_target_modules: str | list[str] = Field(
         description="all, qv, a list of module names, or a regular expression"
     )
     train_embeddings: bool = Field(description="train the input embedding in full")
-    dora: bool
-    adalora: bool
+    dora: bool = Field(description="a trained magnitude per output besides LoRA's direction")
+    adalora: bool = Field(description="B E A, pruned to lora_r on average; needs init=lora")
 
 
 class InitConfig(Section):
     """How the adapter starts."""
 
-    direction: str = Field(description="the method: " + ", ".join(METHODS))
+    direction: str = Field(description="the method: " + ", ".join(DIRECTIONS))
     rank_allocation: Literal["uniform", "energy"] = Field(
         "uniform",
         description="energy: ranks by singular values, within the parameters of rank lora_r",
     )
     dtype: Literal["fp32", "bf16"] = Field(description="dtype of the adapter")
     seed: Seed = Field(description="seed of random factors and of the randomised SVD")
-    scale: Literal["stable", "unit", "gd", "weightS"] | None = None
+    scale: Literal["stable", "unit", "gd", "weightS"] | None = Field(
+        None, description="rule for the size of both factors; null: the method has none"
+    )
     stable_gamma: Positive | Literal["auto"] | None = Field(
         None, description="the inverse of the paper's gamma; auto: chosen by the init batch's loss"
     )
@@ -147,7 +144,7 @@ class InitConfig(Section):
     @property
     def method(self) -> str:
         """Name of the method as ``lora_one.initialize`` takes it."""
-        return METHODS[self.direction]
+        return DIRECTIONS[self.direction]
 
     @property
     def needs_gradient(self) -> bool:
@@ -158,22 +155,24 @@ class InitConfig(Section):
 class AdamWConfig(Section):
     """torch.optim.AdamW."""
 
-    name: Literal["adamw", "lorafa"]
-    betas: list[Annotated[float, Field(ge=0, lt=1)]] = Field(min_length=2, max_length=2)
-    eps: Positive
+    name: Literal["adamw", "lorafa"] = Field(description="what optimizer= chose")
+    betas: list[Annotated[float, Field(ge=0, lt=1)]] = Field(
+        min_length=2, max_length=2, description="decay of the first and second moments"
+    )
+    eps: Positive = Field(description="added to the root of the second moment")
 
 
 class PreconditionedConfig(AdamWConfig):
     """AdamW on preconditioned gradients, ours or PEFT's."""
 
-    name: Literal["preconditioned_adamw", "riemannian"]
+    name: Literal["preconditioned_adamw", "riemannian"] = Field(description="ours, or PEFT's")
     damping: NotNegative = Field(description="d in (B^T B + d I)^-1")
 
 
 class LoraPlusConfig(AdamWConfig):
     """LoRA+."""
 
-    name: Literal["loraplus"]
+    name: Literal["loraplus"] = Field(description="what optimizer= chose")
     lr_ratio: Positive = Field(description="learning rate of lora_B over that of lora_A")
 
 
@@ -270,7 +269,7 @@ class WandbConfig(Section):
     """Where Weights & Biases keeps the run."""
 
     name: str | None = Field(description="display name; null: the run id")
-    project: str
+    project: str = Field(description="project that the run is listed in")
     entity: str | None = Field(description="user or team; null: the key's own")
     group: str | None = Field(None, description="null: the sweep that the run is a point of")
     tags: list[str] = Field([], description="to filter runs by")
@@ -310,22 +309,22 @@ class ComparisonConfig(Section):
 class LocalLauncher(Section):
     """Run here, in this process, or in one process per point of a sweep."""
 
-    name: Literal["local"]
+    name: Literal["local"] = Field(description="what launcher= chose")
 
 
 class SlurmLauncher(Section):
     """Submit the unfinished points as one job array; a job has one task, or rank, per GPU."""
 
-    name: Literal["slurm"]
-    job_name: str = Field(min_length=1)
-    account: str | None
+    name: Literal["slurm"] = Field(description="what launcher= chose")
+    job_name: str = Field(min_length=1, description="what squeue shows")
+    account: str | None = Field(description="whom the hours are charged to; null: your default")
     partition: str | None = Field(description="null: the cluster's default")
-    qos: str | None
+    qos: str | None = Field(description="quality of service; null: the cluster's default")
     constraint: str | None = Field(description="features that the nodes must have")
     nodes: Count = Field(description="nodes of one job")
     gpus_per_node: Annotated[int, Field(ge=0)] = Field(description="0: train on CPUs")
     tasks_per_node: Count | None = Field(description="null: one per GPU; one where there are none")
-    cpus_per_task: Count
+    cpus_per_task: Count = Field(description="processor cores of each rank")
     mem_gb: NotNegative | None = Field(
         description="memory per node; 0: all of it; null: the cluster's default"
     )
@@ -353,7 +352,7 @@ LauncherConfig = Annotated[LocalLauncher | SlurmLauncher, Field(discriminator="n
 class Config(Section):
     """One experiment."""
 
-    seed: Seed
+    seed: Seed = Field(description="what every other seed follows unless it is set")
     train: Literal["full", "none"] = Field(description="none: initialise and evaluate")
     dataset: DatasetConfig
     model: ModelConfig
@@ -366,7 +365,9 @@ class Config(Section):
     checkpoints: CheckpointsConfig
     preemption: PreemptionConfig
     diagnostics: DiagnosticsConfig
-    tracking: Literal["none", "wandb"]
+    tracking: Literal["none", "wandb"] = Field(
+        description="copy the run folder to Weights & Biases while it grows"
+    )
     wandb: WandbConfig
     launcher: LauncherConfig
     comparison: ComparisonConfig | None = Field(
@@ -377,8 +378,8 @@ class Config(Section):
         description="what several ranks share beside the rows: ddp nothing, fsdp2 the base's "
         "weights, zero2 and zero3 (DeepSpeed) the optimiser's state and, zero3, the weights"
     )
-    output_dir: str = Field(min_length=1)
-    dry_run: bool
+    output_dir: str = Field(min_length=1, description="where run folders and caches are")
+    dry_run: bool = Field(description="validate, print the plan and stop; loads no weights")
     verbose: bool = Field(description="print the init report layer by layer")
 
     @property

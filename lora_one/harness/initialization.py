@@ -13,7 +13,7 @@ from lora_one.harness.models import attach_adapter, with_ranks
 from lora_one.harness.plan import Plan
 from lora_one.harness.ranks import rank, world_size
 from lora_one.harness.training_state import load_model, stored_ranks
-from lora_one.numerics.factors import METHODS
+from lora_one.numerics.methods import METHODS
 
 
 def initialise(config: Config, plan: Plan, base: PreTrainedModel) -> tuple[Any, dict[str, Any]]:

@@ -29,6 +29,7 @@ from lora_one.adapters.allocation import alpha_pattern
 from lora_one.errors import InputError, NotPreparedError, nearest
 from lora_one.harness.config import Config, ModelConfig
 from lora_one.harness.model_files import fetch_model, model_is_here, require_weights
+from lora_one.numerics.methods import METHODS
 from lora_one.tasks.base import Task
 from lora_one.tasks.encoding import TrainedArchitecture
 
@@ -420,9 +421,9 @@ def check_rank(config: Config, shapes: dict[str, tuple[int, int]]) -> None:
     if not config.peft.use_peft:
         return
     name, shape = min(shapes.items(), key=lambda item: min(item[1]))
-    factor, why = 1.0, ""
-    if config.init.method == "lora_ga":
-        factor, why = 2.0, " (LoRA-GA takes 2r singular vectors)"
+    factor, why = METHODS[config.init.method].rank_multiple, ""
+    if factor > 1:
+        why = f" ({config.init.direction} takes {factor}r singular vectors)"
     elif config.peft.adalora:
         factor, why = ADALORA_START, " (AdaLoRA starts at rank 1.5 r)"
     if round(factor * config.peft.lora_r) > min(shape):

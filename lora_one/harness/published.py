@@ -29,7 +29,7 @@ unknown key like any other.
 from collections.abc import Sequence
 
 from lora_one.errors import InputError
-from lora_one.harness.config import GROUPS, METHODS
+from lora_one.harness.config import DIRECTIONS, GROUPS
 from lora_one.harness.given_adapter import read_adapter
 
 # The model that the official READMEs train on each benchmark; T5-base is their default.
@@ -47,8 +47,8 @@ WITHOUT_EFFECT = {
 }
 
 # init.direction, in any spelling -> conf/init/<preset>.yaml
-PRESETS = {direction.lower(): method for direction, method in METHODS.items()}
-PRESETS |= {method: method for method in METHODS.values()}
+PRESETS = {direction.lower(): method for direction, method in DIRECTIONS.items()}
+PRESETS |= {method: method for method in DIRECTIONS.values()}
 
 
 def translate(overrides: Sequence[str]) -> tuple[list[str], list[str]]:

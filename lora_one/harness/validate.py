@@ -11,8 +11,8 @@ from pydantic import ValidationError
 
 from lora_one.errors import InputError, nearest
 from lora_one.harness.config import (
+    DIRECTIONS,
     GRADIENT_METHODS,
-    METHODS,
     SCALED_METHODS,
     Config,
     LauncherConfig,
@@ -23,6 +23,7 @@ from lora_one.harness.config import (
 from lora_one.harness.parallelism import DEEPSPEED, check_parallelism
 from lora_one.harness.slurm.options import check_launcher
 from lora_one.harness.task_options import check_options, describe, require_task
+from lora_one.numerics.methods import METHODS
 
 # Sections whose keys depend on their ``name``.
 UNIONS = {"optimizer": OptimizerConfig, "launcher": LauncherConfig}
@@ -58,24 +59,24 @@ def _copy(value: Any) -> Any:
 
 
 def _settle_init(init: dict[str, Any]) -> None:
-    """Spell ``init.direction`` as in METHODS and clear the keys that its method does not read."""
+    """Spell ``init.direction`` as the papers do and clear the keys that its method ignores."""
     given = init.get("direction")
-    spellings = {name.lower(): name for name in METHODS} | {m: d for d, m in METHODS.items()}
+    spellings = {name.lower(): name for name in DIRECTIONS} | {m: d for d, m in DIRECTIONS.items()}
     direction = spellings.get(str(given).lower())
     if direction is None:
-        choices = ", ".join(METHODS)
+        choices = ", ".join(DIRECTIONS)
         raise InputError(
-            f"init.direction={given}: no such method.{nearest(str(given), METHODS)}"
+            f"init.direction={given}: no such method.{nearest(str(given), DIRECTIONS)}"
             f" Valid: {choices}."
         )
     init["direction"] = direction
-    method = METHODS[direction]
+    method = DIRECTIONS[direction]
     if method in SCALED_METHODS and init.get("scale") == "stable":
         if init.get("stable_gamma") is None:
             raise InputError(f"init.stable_gamma is needed by init.direction={direction}")
     elif init.get("stable_gamma") == "auto" or _is_positive(init.get("stable_gamma")):
         init["stable_gamma"] = None
-    if init.get("stable_gamma") == "auto" and method != "lora_one":
+    if init.get("stable_gamma") == "auto" and not METHODS[method].searches_gamma:
         raise InputError(
             f"init.stable_gamma=auto compares losses after the start, and {direction} starts at "
             "the base model's loss. Give a number, or init=lora_one."

@@ -1,4 +1,4 @@
-"""How an adapter starts: one pure function per method, and the one table that lists them.
+"""How an adapter starts: one pure function per method; ``methods.py`` lists them.
 
 Names and shapes as in PEFT: the frozen weight W is (m, n) = (out, in), ``lora_B`` is B (m, r),
 ``lora_A`` is A (r, n), and the layer adds ``s B A x``. G is the mean gradient of the training
@@ -15,12 +15,10 @@ gd         1 / s
 weightS    mean over i < r of sqrt(σ_i(W) / s)
 =========  ==================================================================
 
-A new method is one function here and one line in ``METHODS``.
+A new method is one function here and one line in ``lora_one.numerics.methods``.
 """
 
 import math
-import re
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -218,56 +216,3 @@ def _haar(gaussian_matrix: Tensor) -> Tensor:
     """Return Q of the QR decomposition whose R has a positive diagonal: uniformly distributed."""
     Q, R = torch.linalg.qr(gaussian_matrix)
     return Q * R.diagonal().sign()
-
-
-@dataclass(frozen=True)
-class Method:
-    """An initialiser and what it needs.
-
-    Attributes:
-        function: the pure function; the first line of its docstring is the reported equation.
-        needs: ``"gradient"``, ``"weight"`` or ``""``.
-        offset: whether ``s B A`` is taken from the base weight, so that outputs do not change.
-        uses_scale: whether ``scale`` and ``gamma`` have an effect.
-        rank_multiple: how many times r triplets must exist, and at most are asked for.
-        triplets_only: whether all it asks of G is ``gradient_svd``, so that processes can keep
-            their summands of G to themselves.
-    """
-
-    function: Callable[[Layer], Factors]
-    needs: str = ""
-    offset: bool = False
-    uses_scale: bool = False
-    rank_multiple: int = 1
-    triplets_only: bool = False
-
-    @property
-    def equation(self) -> str:
-        """The first line of the function's docstring."""
-        return self.function.__doc__.splitlines()[0]
-
-    @property
-    def source(self) -> str:
-        """The sentence of the docstring that names the paper or the code."""
-        text = " ".join(self.function.__doc__.split())
-        # The stop of «et al.» ends no sentence.
-        return re.split(r"(?<!et al)\. ", text.partition("Source: ")[2])[0].removesuffix(".")
-
-
-METHODS = {
-    "lora": Method(lora),
-    "gaussian": Method(gaussian, offset=True, uses_scale=True),
-    "kaiming": Method(kaiming, offset=True, uses_scale=True),
-    "orthogonal": Method(orthogonal, offset=True, uses_scale=True),
-    "pissa": Method(pissa, needs="weight", offset=True),
-    "olora": Method(olora, needs="weight", offset=True),
-    "lora_ga": Method(
-        lora_ga,
-        needs="gradient",
-        offset=True,
-        uses_scale=True,
-        rank_multiple=2,
-        triplets_only=True,
-    ),
-    "lora_one": Method(lora_one, needs="gradient", uses_scale=True, triplets_only=True),
-}

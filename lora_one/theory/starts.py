@@ -5,7 +5,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lora_one.numerics.factors import METHODS, Layer
+from lora_one.numerics.factors import Layer
+from lora_one.numerics.methods import METHODS
 from lora_one.theory.problems import Problem, negative_gradient, normal
 
 

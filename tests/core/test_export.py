@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 import lora_one
 from lora_one.adapters.write import initial_state
 from lora_one.layers import adapted_layers
-from lora_one.numerics.factors import METHODS
+from lora_one.numerics.methods import METHODS
 
 from .tiny import MODELS, TARGETS, adapted, batches_for, logits, perturb, tiny_llama
 

@@ -12,7 +12,7 @@ from lora_one.adapters.cache import store
 from lora_one.adapters.merge import merge_adapter
 from lora_one.adapters.state import load_initial_state, save_initial_state
 from lora_one.layers import adapted_layers, base_weight
-from lora_one.numerics.factors import METHODS
+from lora_one.numerics.methods import METHODS
 
 from .tiny import MODELS, TARGETS, adapted, batches_for, logits, perturb, tiny_llama
 

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from lora_one.numerics.angles import principal_angles
-from lora_one.numerics.factors import METHODS, Factors, Layer, clip_to_weight
+from lora_one.numerics.factors import Factors, Layer, clip_to_weight
+from lora_one.numerics.methods import METHODS
 from lora_one.numerics.preconditioner import damped_gram_factor, precondition
 from lora_one.numerics.svd import private_generator, truncated_svd
 

@@ -7,7 +7,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from lora_one.errors import InputError
-from lora_one.harness.config import GROUPS, METHODS, Config, DatasetConfig
+from lora_one.harness.config import DIRECTIONS, GROUPS, Config, DatasetConfig
 from lora_one.harness.folder import run_id
 from lora_one.harness.task_options import parameters
 from lora_one.tasks.registry import TASKS
@@ -33,7 +33,7 @@ def test_every_pair_of_initialiser_and_optimiser_composes(compose):
 
 
 def test_every_method_has_a_preset_of_its_own_name(compose):
-    for direction, method in METHODS.items():
+    for direction, method in DIRECTIONS.items():
         assert compose(f"init={method}").init.direction == direction
 
 

@@ -6,10 +6,8 @@ import pytest
 from peft import PeftConfig
 
 from lora_one.errors import InputError
-from lora_one.harness.config import METHODS, WEIGHT_METHODS
 from lora_one.harness.dry_run import show_plan
 from lora_one.harness.folder import NEUTRAL, run_id
-from lora_one.numerics import factors
 from lora_one.reports.records import find_runs
 from lora_one.reports.table import summarise
 
@@ -31,11 +29,6 @@ def test_rows_of_the_gradient_count_where_it_is_taken(compose):
     assert run_id(compose("init=pissa", ENERGY, other)) == run_id(compose("init=pissa", ENERGY))
     assert compose("init=lora", "train=none", ENERGY).learns
     assert not compose("init=pissa", "train=none", ENERGY).learns
-
-
-def test_the_schema_knows_which_methods_start_from_the_weight():
-    starts = {method for method in METHODS.values() if factors.METHODS[method].needs == "weight"}
-    assert starts == WEIGHT_METHODS
 
 
 @pytest.mark.parametrize(
