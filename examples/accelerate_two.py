@@ -65,7 +65,7 @@ def validation_loss() -> float:
     return accelerator.gather(losses).mean().item()
 
 
-train = batches("train.jsonl", 2048, shuffle=True)
+train = batches("train.jsonl", 16 * args.steps, shuffle=True)
 validation = batches("validation.jsonl", 64)
 accelerator.print(f"{accelerator.num_processes} processes on {accelerator.device.type}")
 accelerator.print(f"base model: validation loss {validation_loss():.4f}")

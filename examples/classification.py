@@ -74,7 +74,7 @@ def show(when: str) -> None:
     print(f"{when}: validation loss {loss:.4f}, accuracy {100 * accuracy:.0f} %")
 
 
-train = batches("train.jsonl", 2048, shuffle=True)
+train = batches("train.jsonl", 16 * args.steps, shuffle=True)
 validation = batches("validation.jsonl", 96)
 show("base model, random head")
 

@@ -60,7 +60,7 @@ def validation_loss() -> float:
     return sum(losses) / len(losses)
 
 
-train = batches("train.jsonl", 2048, shuffle=True)
+train = batches("train.jsonl", 16 * args.steps, shuffle=True)
 validation = batches("validation.jsonl", 64)
 print(f"base model: validation loss {validation_loss():.4f}")
 

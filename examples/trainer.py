@@ -60,7 +60,7 @@ def encode(line: str) -> dict[str, list[int]]:
 
 
 with Path("data/arithmetic/train.jsonl").open() as file:
-    train = [encode(line) for line in islice(file, 2048)]
+    train = [encode(line) for line in islice(file, 16 * args.steps)]
 with Path("data/arithmetic/validation.jsonl").open() as file:
     validation = [encode(line) for line in islice(file, 64)]
 collate = DataCollatorForSeq2Seq(tokenizer)

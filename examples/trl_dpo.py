@@ -1,13 +1,13 @@
 """LoRA-One with TRL's DPOTrainer, started from the gradient of the DPO loss itself.
 
     python examples/trl_dpo.py
-    python examples/trl_dpo.py --model path/to/folder --lr 5e-6 --output path/to/result
+    python examples/trl_dpo.py --model path/to/folder --lr 1e-5 --output path/to/result
 
-A worked answer is preferred to its last line alone. The trainer makes the
-``PeftModel`` from ``peft_config``, so that its reference is the base with the adapter switched
-off. (Of a ``PeftModel`` that is passed, TRL's reference would be a copy of the start.) Prints the
-validation loss (log 2 for the base) and how often the preferred answer wins. About half a minute
-on one core.
+A worked answer is preferred to its last line alone. The trainer makes the ``PeftModel`` from
+``peft_config``, and its reference is then the base with the adapter switched off. (If a
+``PeftModel`` is passed, TRL's reference is a copy of the start.) Prints the validation loss, log 2
+for the base model, and how often the preferred answer wins: of the base model, after LoRA-One's
+start and after the training; and where the adapter is. About half a minute on one core.
 """
 
 import argparse
@@ -26,7 +26,7 @@ parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
 parser.add_argument("--model", default="data/tiny_llama", help="folder of the base model")
 parser.add_argument("--output", default="results/examples/trl_dpo", help="folder to write")
 parser.add_argument("--steps", type=int, default=20, help="of 8 pairs")
-parser.add_argument("--lr", type=float, default=1e-3, help="5e-6 suits a model of billions")
+parser.add_argument("--lr", type=float, default=1e-3, help="less for large models; TRL has 1e-6")
 args = parser.parse_args()
 adapter = Path(args.output) / "adapter"
 
@@ -42,8 +42,8 @@ def pair(row: dict[str, str]) -> dict[str, str]:
 
 
 files = {"train": "train.jsonl", "validation": "validation.jsonl"}
-rows = load_dataset("data/arithmetic", data_files=files)
-rows = rows.map(pair, remove_columns=["question", "answer"])
+parts = [f"train[:{8 * args.steps}]", "validation[:32]"]
+train, validation = load_dataset("data/arithmetic", data_files=files, split=parts)
 
 trainer = DPOTrainer(
     model=args.model,
@@ -55,31 +55,34 @@ trainer = DPOTrainer(
         save_strategy="no",
         report_to="none",
     ),
-    train_dataset=rows["train"].select(range(1024)),
-    eval_dataset=rows["validation"].select(range(32)),
+    train_dataset=train.map(pair, remove_columns=train.column_names),
+    eval_dataset=validation.map(pair, remove_columns=train.column_names),
     peft_config=LoraConfig(r=8, lora_alpha=16, use_rslora=True, target_modules="all-linear"),
 )
 model = trainer.model
 
 
-def dpo_gradients(batches: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """Return the DPO loss's gradient at the reference model, times 2 pairs / beta.
+def completions(batch: dict[str, Tensor], half: int) -> dict[str, Tensor]:
+    """Return the chosen (0) or the rejected (1) rows of TRL's batch, their prompts unsupervised."""
+    labels = batch["input_ids"].masked_fill(batch["completion_mask"] == 0, -100)
+    rows = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
+    return {name: tensor.chunk(2)[half] for name, tensor in {**rows, "labels": labels}.items()}
 
-    There all margins are 0 and all sigmoids 1/2, which leaves a difference of two likelihoods'
-    gradients, ``dL = beta / 2 pairs · sum (d NLL(chosen) - d NLL(rejected))``.
+
+def likelihood_gradients(batches: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Return the gradients of NLL, the negative log-likelihood summed over all tokens."""
+    tokens = sum(int((batch["labels"][:, 1:] != -100).sum()) for batch in batches)
+    means = lora_one.estimate_gradients(model, batches, device="cpu")
+    return {name: tokens * mean for name, mean in means.items()}
+
+
+def dpo_gradients(batches: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Return the DPO loss's gradients at the reference, but for a factor that LoRA-One ignores.
+
+    There all margins are 0, which leaves ``beta / 2n (dNLL(chosen) - dNLL(rejected))`` of n pairs.
     """
-    sides = []
-    for half in (0, 1):  # TRL's batch is all chosen rows, then all rejected ones
-        side = []
-        for batch in batches:
-            labels = batch["input_ids"].masked_fill(batch["completion_mask"] == 0, -100)
-            tensors = {**batch, "labels": labels}
-            names = ("input_ids", "attention_mask", "labels")
-            side.append({name: tensors[name].chunk(2)[half] for name in names})
-        tokens = sum((batch["labels"][:, 1:] != -100).sum() for batch in side)
-        means = lora_one.estimate_gradients(model, side)
-        sides.append({name: tokens * mean for name, mean in means.items()})
-    chosen, rejected = sides
+    chosen = likelihood_gradients([completions(batch, 0) for batch in batches])
+    rejected = likelihood_gradients([completions(batch, 1) for batch in batches])
     return {name: chosen[name] - rejected[name] for name in chosen}
 
 
@@ -94,9 +97,8 @@ show("base model")
 
 # 1. Start the adapter from the one-step gradient of 64 pairs.
 batches = list(islice(trainer.get_train_dataloader(), 8))
-report = lora_one.initialize_adapters(
-    model, dpo_gradients(batches), method="lora_one", stable_gamma=128
-)
+gradients = dpo_gradients(batches)
+report = lora_one.initialize_adapters(model, gradients, method="lora_one", stable_gamma=128)
 print(report.summary())
 show("after the start")
 

@@ -35,8 +35,8 @@ def prompt_completion(row: dict[str, str]) -> dict[str, str]:
 
 
 files = {"train": "train.jsonl", "validation": "validation.jsonl"}
-rows = load_dataset("data/arithmetic", data_files=files)
-rows = rows.map(prompt_completion, remove_columns=["question", "answer"])
+parts = [f"train[:{16 * args.steps}]", "validation[:64]"]
+train, validation = load_dataset("data/arithmetic", data_files=files, split=parts)
 
 trainer = SFTTrainer(
     model=args.model,
@@ -49,8 +49,8 @@ trainer = SFTTrainer(
         save_strategy="no",
         report_to="none",
     ),
-    train_dataset=rows["train"].select(range(2048)),
-    eval_dataset=rows["validation"].select(range(64)),
+    train_dataset=train.map(prompt_completion, remove_columns=train.column_names),
+    eval_dataset=validation.map(prompt_completion, remove_columns=train.column_names),
     peft_config=LoraConfig(r=8, lora_alpha=16, use_rslora=True, target_modules="all-linear"),
 )
 model = trainer.model
