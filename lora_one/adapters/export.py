@@ -107,6 +107,9 @@ def export_adapter(
             DoRA magnitude is kept, so that with DoRA the cut changes directions only.
         adapter_name: which adapter.
 
+    Returns:
+        Where it is, its rank, and the error of the cut.
+
     Raises:
         InputError: for an unknown adapter, a rank below 1, or a folder that is no adapter's.
     """
