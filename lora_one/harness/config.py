@@ -16,6 +16,7 @@ GROUPS = (
     "optimizer",
     "tracking",
     "launcher",
+    "comparison",
     "experiment",
     "smoke",
 )
@@ -165,8 +166,13 @@ OptimizerConfig = Annotated[
 
 
 class EvaluationConfig(Section):
-    """How answers are generated and judged."""
+    """How the trained model is measured: how answers are generated and judged, or which loss."""
 
+    metric: Literal["task", "loss", "validation_loss"] = Field(
+        "task",
+        description="what is measured at the end: the benchmark's own metric; the mean loss of the "
+        "test rows' targets, without a reply; or the validation loss, which asks no test row",
+    )
     engine: Literal["transformers", "vllm"] = Field(
         description="what generates; vllm: if installed"
     )
@@ -183,6 +189,11 @@ class EvaluationConfig(Section):
         description="consent to running programs that the model writes, in a sandbox"
     )
     generate_only: bool = Field(description="write the replies and do not judge them")
+
+    @property
+    def judges(self) -> bool:
+        """Tell whether replies are made and judged."""
+        return self.metric == "task" and not self.generate_only
 
 
 class EvaluateConfig(Section):
@@ -235,6 +246,32 @@ class WandbConfig(Section):
     timeout_seconds: Positive = Field(
         30.0, description="the longest that a finished run waits for W&B"
     )
+
+
+class GridConfig(Section):
+    """What is tried of each setting, for the methods and optimisers that have it."""
+
+    learning_rate: list[Positive] = Field(
+        min_length=2, description="values of model.learning_rate, ascending"
+    )
+    stable_gamma: list[Positive] = Field([], description="values of init.stable_gamma, ascending")
+    damping: list[Positive] = Field([], description="values of optimizer.damping, ascending")
+    lr_ratio: list[Positive] = Field([], description="values of optimizer.lr_ratio, ascending")
+
+
+class ComparisonConfig(Section):
+    """A fair comparison: the same number of trials for each method, then the best on new seeds."""
+
+    arms: list[str] = Field(
+        min_length=1,
+        description="what is compared: each a line of overrides; with -m the points of the sweep",
+    )
+    grid: GridConfig
+    trials: Annotated[int, Field(ge=2, le=50)] = Field(
+        description="settings tried per arm, by validation loss"
+    )
+    tuning_seed: Seed = Field(description="seed of the trials")
+    seeds: list[Seed] = Field(min_length=1, description="seeds of the final runs, on the test rows")
 
 
 class LocalLauncher(Section):
@@ -298,6 +335,10 @@ class Config(Section):
     tracking: Literal["none", "wandb"]
     wandb: WandbConfig
     launcher: LauncherConfig
+    comparison: ComparisonConfig | None = Field(
+        None,
+        description="null: one run, or the points of a sweep as they are",
+    )
     parallelism: Literal["ddp", "fsdp2", "zero2", "zero3"] = Field(
         description="what several ranks share beside the rows: ddp nothing, fsdp2 the base's "
         "weights, zero2 and zero3 (DeepSpeed) the optimiser's state and, zero3, the weights"

@@ -215,7 +215,10 @@ def train(config: Config, plan: Plan, model: Any, record: RunRecord, tracker: Tr
 
 
 def evaluate(config: Config, plan: Plan, model: Any, record: RunRecord, tracker: Tracker) -> None:
-    """Answer the test rows and score every answer."""
+    """Answer the test rows and score every answer, or take the loss that is asked for."""
+    if config.evaluation.metric != "task":
+        _measure_loss(config, plan, model, record, tracker)
+        return
     base_weights = record.facts["model"]["fingerprint"]
     result, facts = evaluation.evaluate(config, plan, model, record.folder, base_weights)
     if not is_main():
@@ -228,6 +231,21 @@ def evaluate(config: Config, plan: Plan, model: Any, record: RunRecord, tracker:
     # Without the times: a run that was stopped and went on leaves the same lines.
     values = {name: value for name, value in result.metrics.items() if name not in TIMES}
     _log(record, tracker, step=record.facts["train"]["steps"], **values)
+
+
+def _measure_loss(
+    config: Config, plan: Plan, model: Any, record: RunRecord, tracker: Tracker
+) -> None:
+    """Let a loss be the result: that of the test rows, or the validation loss that is known."""
+    validation = record.facts["losses"]["validation"]
+    rows = plan.data.facts["rows"]["validation"]
+    metrics = {"validation_loss": validation, "n": rows}
+    primary = "validation_loss"
+    if config.evaluation.metric == "loss":
+        primary = "test_loss"
+        metrics |= evaluation.test_loss(config, plan, model)
+        _log(record, tracker, step=record.facts["train"]["steps"], test_loss=metrics[primary])
+    record.update(metrics=metrics, primary_metric=primary)
 
 
 def export(config: Config, plan: Plan, model: Any, record: RunRecord) -> None:

@@ -135,12 +135,23 @@ def _check_consistency(config: Config) -> None:
         raise InputError("peft.lora_target_modules=[] names no layer. Write all, or qv, or a list.")
     check_parallelism(config)
     _check_evaluation(config)
+    _check_comparison(config)
     if config.launcher.name == "slurm":
         check_launcher(config.launcher)
 
 
 def _check_evaluation(config: Config) -> None:
     evaluation, peft = config.evaluation, config.peft
+    if evaluation.metric != "task" and evaluation.generate_only:
+        raise InputError(
+            "evaluation.generate_only=true writes replies, and evaluation.metric="
+            f"{evaluation.metric} makes none. Leave one of the two out."
+        )
+    if evaluation.metric == "validation_loss" and not config.learns:
+        raise InputError(
+            "evaluation.metric=validation_loss needs validation rows, which a run without training "
+            "rows does not read. Give evaluation.metric=task or loss."
+        )
     if evaluation.temperature == 0 and evaluation.samples > 1:
         raise InputError(
             f"evaluation.samples={evaluation.samples} greedy replies would be all the same. Give "
@@ -164,6 +175,39 @@ def _check_evaluation(config: Config) -> None:
         raise InputError(
             "evaluation.engine=vllm loads plain LoRA only, not DoRA's magnitudes or trained "
             "embeddings. Give evaluation.engine=transformers."
+        )
+
+
+def _check_comparison(config: Config) -> None:
+    comparison = config.comparison
+    if comparison is None:
+        return
+    for key, values in comparison.grid.model_dump().items():
+        if values != sorted(set(values)):
+            raise InputError(
+                f"comparison.grid.{key}={values}: expected ascending values, each of them once."
+            )
+    rates = len(comparison.grid.learning_rate)
+    if comparison.trials < rates:
+        raise InputError(
+            f"comparison.trials={comparison.trials} is less than the {rates} learning rates of "
+            "comparison.grid.learning_rate, each of which is tried. Give more trials or fewer "
+            "rates."
+        )
+    if comparison.tuning_seed in comparison.seeds:
+        raise InputError(
+            f"comparison.seeds={comparison.seeds} holds comparison.tuning_seed="
+            f"{comparison.tuning_seed}, with which the settings were chosen: its luck would count "
+            "twice. Give other seeds."
+        )
+    if not config.trains:
+        raise InputError(
+            "comparison tunes a training, and this run has none. Leave out train=none."
+        )
+    if config.evaluation.metric == "validation_loss":
+        raise InputError(
+            "evaluation.metric=validation_loss is what the settings are chosen by; comparison ends "
+            "with test rows. Give evaluation.metric=task or loss."
         )
 
 
@@ -220,5 +264,12 @@ def _keys_of(path: list[str], composed: Mapping[str, Any]) -> list[str]:
         for branch in _branches(path[0]):
             if name in get_args(branch.model_fields["name"].annotation):
                 return list(branch.model_fields)
-    section = Config.model_fields[path[0]].annotation
+    section: Any = Config
+    for name in path:
+        section = _without_none(section.model_fields[name].annotation)
     return list(section.model_fields)
+
+
+def _without_none(annotation: Any) -> Any:
+    """``Section | None`` -> ``Section``."""
+    return next((arg for arg in get_args(annotation) if arg is not type(None)), annotation)
