@@ -50,7 +50,9 @@ class Arm:
     def title(self) -> str:
         """What the terminal calls it."""
         scaling = "" if self.config.peft.use_rslora else ", alpha / r"
-        return f"{self.config.method} · {self.config.optimizer.name}{scaling}"
+        allocation = self.config.init.rank_allocation
+        ranks = "" if allocation == "uniform" else f", ranks by {allocation}"
+        return f"{self.config.method} · {self.config.optimizer.name}{scaling}{ranks}"
 
     @property
     def axes(self) -> list[list[float]]:

@@ -33,12 +33,20 @@ METHODS = {
     "LoRA-One": "lora_one",
 }
 GRADIENT_METHODS = {"lora_ga", "lora_one"}
+WEIGHT_METHODS = {"pissa", "olora"}
 SCALED_METHODS = GRADIENT_METHODS | {"gaussian", "kaiming", "orthogonal"}
 
 Positive = Annotated[float, Field(gt=0)]
 NotNegative = Annotated[float, Field(ge=0)]
 Count = Annotated[int, Field(gt=0)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
+
+
+def needs_gradient(method: str, rank_allocation: str | None) -> bool:
+    """Tell whether a method, or the allocation of its ranks, takes the one-step gradient."""
+    return method in GRADIENT_METHODS or (
+        rank_allocation == "energy" and method not in WEIGHT_METHODS
+    )
 
 
 class Section(BaseModel):
@@ -121,6 +129,10 @@ class InitConfig(Section):
     """How the adapter starts."""
 
     direction: str = Field(description="the method: " + ", ".join(METHODS))
+    rank_allocation: Literal["uniform", "energy"] = Field(
+        "uniform",
+        description="energy: ranks by singular values, within the parameters of rank lora_r",
+    )
     dtype: Literal["fp32", "bf16"] = Field(description="dtype of the adapter")
     seed: Seed = Field(description="seed of random factors and of the randomised SVD")
     scale: Literal["stable", "unit", "gd", "weightS"] | None = None
@@ -136,6 +148,11 @@ class InitConfig(Section):
     def method(self) -> str:
         """Name of the method as ``lora_one.initialize`` takes it."""
         return METHODS[self.direction]
+
+    @property
+    def needs_gradient(self) -> bool:
+        """Tell whether the one-step gradient is taken, for the factors or for the ranks."""
+        return needs_gradient(self.method, self.rank_allocation)
 
 
 class AdamWConfig(Section):
@@ -368,4 +385,4 @@ class Config(Section):
         """Tell whether training rows are needed: to train, or for the gradient of the start."""
         if self.evaluate.adapter is not None:
             return False
-        return self.trains or self.init.method in GRADIENT_METHODS
+        return self.trains or self.init.needs_gradient

@@ -50,7 +50,7 @@ FOR_TRAINING = {"optimizer"} | {
 }
 # Keys that came after runs had been made, with the value at which they change nothing: there they
 # count for nothing, so that these runs are found again.
-NEUTRAL = {"evaluation.metric": "task"}
+NEUTRAL = {"evaluation.metric": "task", "init.rank_allocation": "uniform"}
 FOR_A_START = {"train", "init", "peft", "export"}
 # What chooses and encodes training and validation rows.
 FOR_ROWS_THAT_CARRY_LOSS = ("train_rows", "validation_rows", "loss_on", "seed")
@@ -63,6 +63,8 @@ def run_id(config: Config) -> str:
     same command finds its run again.
     """
     rank = f"r{config.peft.lora_r}" if config.peft.use_peft else "full"
+    if config.init.rank_allocation != "uniform":
+        rank += f"_{config.init.rank_allocation}"
     how = [rank, config.optimizer.name, f"lr{config.model.learning_rate:g}"]
     seed: int | None = config.seed
     if config.evaluate.adapter is not None:

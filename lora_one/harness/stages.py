@@ -150,6 +150,8 @@ def initialise(
         losses={"base_validation": base_loss, "start_validation": start_loss},
         init={name: report.get(name) for name in ("seconds", "cached", "stable_gamma")},
     )
+    if "rank_allocation" in report:
+        say(f"ranks: {report['rank_allocation']['summary']}")
     origin = " (from the cache)" if report.get("cached") else ""
     losses = _losses(base_loss, start_loss)
     say(f"init: {report.get('summary', report['method'])}{origin}{losses}")
@@ -260,7 +262,7 @@ def export(config: Config, plan: Plan, model: Any, record: RunRecord) -> None:
     record.update(export=facts)
     difference = facts["largest_logit_difference"]
     if difference is not None:
-        say(f"export: rank {facts['rank']}, {_compared(difference)}")
+        say(f"export: {exporting.describe_rank(facts)}, {_compared(difference)}")
 
 
 def _compared(difference: float) -> str:

@@ -18,6 +18,7 @@ from lora_one.harness.config import (
     LauncherConfig,
     OptimizerConfig,
     Section,
+    needs_gradient,
 )
 from lora_one.harness.parallelism import check_parallelism
 from lora_one.harness.slurm.options import check_launcher
@@ -83,10 +84,14 @@ def _settle_init(init: dict[str, Any]) -> None:
         raise InputError(f"init.scale is needed by init.direction={direction}")
     if method not in SCALED_METHODS and "scale" in init:
         init["scale"] = None
+    takes_gradient = needs_gradient(method, init.get("rank_allocation"))
+    reason = f"init.direction={direction}"
+    if method not in GRADIENT_METHODS:
+        reason = "init.rank_allocation=energy"
     for key in ("bsz", "iters", "max_length"):
-        if method in GRADIENT_METHODS and init.get(key) is None:
-            raise InputError(f"init.{key} is needed by init.direction={direction}")
-        if method not in GRADIENT_METHODS and _is_positive(init.get(key)):
+        if takes_gradient and init.get(key) is None:
+            raise InputError(f"init.{key} is needed by {reason}")
+        if not takes_gradient and _is_positive(init.get(key)):
             init[key] = None
 
 
@@ -134,10 +139,28 @@ def _check_consistency(config: Config) -> None:
     if peft.lora_target_modules == []:
         raise InputError("peft.lora_target_modules=[] names no layer. Write all, or qv, or a list.")
     check_parallelism(config)
+    _check_allocation(config)
     _check_evaluation(config)
     _check_comparison(config)
     if config.launcher.name == "slurm":
         check_launcher(config.launcher)
+
+
+def _check_allocation(config: Config) -> None:
+    if config.init.rank_allocation == "uniform":
+        return
+    asked = f"init.rank_allocation={config.init.rank_allocation}"
+    if config.evaluate.adapter is not None:
+        raise InputError(
+            f"{asked}: evaluate.adapter is there already, with its ranks. Leave one of them out."
+        )
+    if not config.peft.use_peft:
+        raise InputError(f"{asked}: peft=full_ft has no ranks. Leave one of them out.")
+    if config.peft.adalora:
+        raise InputError(
+            f"{asked}: peft=adalora allocates ranks by itself while it trains. Leave one of them "
+            "out."
+        )
 
 
 def _check_evaluation(config: Config) -> None:

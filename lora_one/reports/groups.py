@@ -168,7 +168,8 @@ def varied_settings(groups: Sequence[Group]) -> list[str]:
             settings = group.settings
             kin: tuple[Any, ...] = ()
             if key in FOLLOWS_METHOD:
-                kin = (group.method,)
+                # The ranks of a method without a gradient may follow one.
+                kin = (group.method, settings.get("init.rank_allocation"))
             elif key in FOLLOWS_OPTIMISER:
                 kin = (settings.get("optimizer.name"),)
             elif key.startswith("dataset.") and key != "dataset.name":

@@ -198,7 +198,7 @@ def test_what_contradicts_a_comparison_is_refused_in_one_message(overrides, mult
 def test_a_dry_run_counts_the_runs_and_writes_nothing(launch, tmp_path):
     shown = launch("-m", FAIR, "init=lora,lora_one", "dry_run=true")
     assert shown.returncode == 0, shown.stderr
-    assert "2 arms x (8 trials with seed 0 + 3 final runs with seeds 1, 2, 3) = 22 runs" in (
+    assert "2 arms x (6 trials with seed 0 + 3 final runs with seeds 1, 2, 3) = 18 runs" in (
         shown.stdout
     )
     assert not (tmp_path / "results").exists()
