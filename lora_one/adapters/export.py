@@ -112,6 +112,9 @@ def export_adapter(
             DoRA magnitude is kept, so that with DoRA the cut changes directions only.
         adapter_name: which adapter.
 
+    Returns:
+        Where it is, its rank, and the error of the cut.
+
     Raises:
         InputError: for an unknown adapter, one over changed base weights (PEFT's own PiSSA, another
             adapter's offset), a rank below 1, or a folder that is no adapter's.
