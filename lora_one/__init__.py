@@ -14,6 +14,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from lora_one.adapters.allocation import RankAllocation, allocate_ranks, alpha_pattern
     from lora_one.adapters.export import ExportReport, export_adapter
     from lora_one.adapters.initialize import initialize, initialize_adapters
     from lora_one.adapters.report import InitReport
@@ -29,6 +30,9 @@ _HOME = {
     "InitReport": "lora_one.adapters.report",
     "InputError": "lora_one.errors",
     "NonFiniteError": "lora_one.errors",
+    "RankAllocation": "lora_one.adapters.allocation",
+    "allocate_ranks": "lora_one.adapters.allocation",
+    "alpha_pattern": "lora_one.adapters.allocation",
     "create_preconditioned_optimizer": "lora_one.optimizers",
     "estimate_gradients": "lora_one.gradients.estimate",
     "export_adapter": "lora_one.adapters.export",
@@ -42,6 +46,9 @@ __all__ = [
     "InitReport",
     "InputError",
     "NonFiniteError",
+    "RankAllocation",
+    "allocate_ranks",
+    "alpha_pattern",
     "create_preconditioned_optimizer",
     "estimate_gradients",
     "export_adapter",

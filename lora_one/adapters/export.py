@@ -60,6 +60,7 @@ class ExportReport:
     Attributes:
         path: of the folder.
         rank: of most layers.
+        rank_range: the smallest and the largest rank of a layer.
         truncation_error: ``||P - P_r||_F / ||P||_F`` over all layers together, P being what the
             adapter adds to W; 0 without truncation.
         layer_errors: the same per layer; empty without truncation.
@@ -67,6 +68,7 @@ class ExportReport:
 
     path: str
     rank: int
+    rank_range: tuple[int, int]
     truncation_error: float
     layer_errors: dict[str, float]
 
@@ -121,7 +123,8 @@ def export_adapter(
     layers, errors, squares = {}, {}, [0.0, 0.0]
     for name, plain in _plain_layers(peft_model, adapter_name, rank is not None).items():
         if rank is not None:
-            plain, tail, total = _truncated(plain, rank)
+            # Equal ranks and equal alphas, so that the cut adapter needs no patterns.
+            plain, tail, total = _truncated(replace(plain, alpha=config.lora_alpha), rank)
             errors[name] = math.sqrt(tail / total) if total else 0.0
             squares = [squares[0] + tail, squares[1] + total]
         layers[name] = plain
@@ -141,7 +144,8 @@ def export_adapter(
     exported = _plain_config(peft_model, config, layers, adapter_name)
     _write(path, tensors, exported)
     error = math.sqrt(squares[0] / squares[1]) if squares[1] else 0.0
-    return ExportReport(str(path), exported.r, error, errors)
+    ranks = [exported.r, *exported.rank_pattern.values()]
+    return ExportReport(str(path), exported.r, (min(ranks), max(ranks)), error, errors)
 
 
 def _plain_layers(peft_model: PeftModel, adapter_name: str, truncates: bool) -> dict[str, _Plain]:

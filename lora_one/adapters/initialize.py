@@ -23,8 +23,8 @@ from lora_one.adapters.write import (
     layer_report,
     start_adapter,
 )
-from lora_one.errors import InputError, NonFiniteError, nearest
-from lora_one.gradients.estimate import check_finite
+from lora_one.errors import InputError, nearest
+from lora_one.gradients.estimate import finite_norm
 from lora_one.gradients.stream import (
     Ranks,
     agreed_batches,
@@ -286,7 +286,7 @@ def _start(
     if gradient is not None:
         if ranks is not None and not _adds_up_products(layer, options):
             gradient, ranks = ranks.add_up(gradient), None
-        norm = _finite_norm(layer, gradient, ranks)
+        norm = finite_norm(layer.name, gradient, ranks)
         if norm == 0:
             report.left_to_peft.append(layer.name)
             report.warnings.append(
@@ -309,24 +309,6 @@ def _adds_up_products(layer: AdaptedLayer, options: Options) -> bool:
     m, n = layer.shape
     columns = expected_columns(options.spec.rank_multiple * layer.r)
     return options.spec.triplets_only and m * n >= 4.5 * columns * (m + n)
-
-
-def _finite_norm(layer: AdaptedLayer, gradient: Tensor, ranks: Ranks | None) -> float:
-    """Return the Frobenius norm; of summands the sum of theirs, which is 0 where all are.
-
-    Raises:
-        NonFiniteError: for an entry that is not finite, on any rank.
-    """
-    norm = float(gradient.norm())  # one pass tells zero from finite from the rest
-    if not math.isfinite(norm):
-        norm = float(gradient.double().norm())
-    if ranks is not None:
-        norms = torch.tensor(norm, dtype=torch.float64, device=gradient.device)
-        norm = float(ranks.add_up(norms))
-    if not math.isfinite(norm):
-        check_finite(layer.name, gradient)
-        raise NonFiniteError(f"the gradient of layer '{layer.name}' is not finite on another rank.")
-    return norm
 
 
 def _finish(

@@ -1,5 +1,6 @@
 """All target layers' mean gradients as a dictionary."""
 
+import math
 from collections.abc import Collection, Iterable, Sequence
 
 import torch
@@ -7,7 +8,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from lora_one.errors import NonFiniteError
-from lora_one.gradients.stream import stream_gradients
+from lora_one.gradients.stream import Ranks, stream_gradients
 from lora_one.gradients.tokens import Batch
 from lora_one.layers import TargetLayer, adapted_layers, plain_layers
 
@@ -80,6 +81,29 @@ def check_finite(name: str, gradient: Tensor) -> None:
             f"the gradient of layer '{name}' is not finite. Try fp32 or bf16 weights, or look at "
             "the init rows."
         )
+
+
+def finite_norm(name: str, gradient: Tensor, ranks: Ranks | None = None) -> float:
+    """Return the Frobenius norm; of summands the sum of theirs, which is 0 where all are.
+
+    Args:
+        name: of the layer.
+        gradient: of the layer; this rank's summand of it if ``ranks`` is given.
+        ranks: that hold the summands.
+
+    Raises:
+        NonFiniteError: for an entry that is not finite, on any rank.
+    """
+    norm = float(gradient.norm())  # one pass tells zero from finite from the rest
+    if not math.isfinite(norm):
+        norm = float(gradient.double().norm())
+    if ranks is not None:
+        norms = torch.tensor(norm, dtype=torch.float64, device=gradient.device)
+        norm = float(ranks.add_up(norms))
+    if not math.isfinite(norm):
+        check_finite(name, gradient)
+        raise NonFiniteError(f"the gradient of layer '{name}' is not finite on another rank.")
+    return norm
 
 
 def _targets(

@@ -7,6 +7,7 @@ why), 75 not finished (preempted, or another process is at it: try again), 130 i
 import shlex
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from lora_one.errors import (
     StorageError,
 )
 from lora_one.harness import preemption, sweep
+from lora_one.harness.comparison import compare, describe, make_arms
 from lora_one.harness.compose import Point, compose_config, composer, expand
 from lora_one.harness.config import Config
 from lora_one.harness.console import quiet_imports
@@ -70,6 +72,8 @@ def launch(run: Run, conf: Path, program: str, arguments: list[str] | None = Non
     arguments = sys.argv[1:] if arguments is None else arguments
 
     def act(points: list[Point], multirun: bool) -> int:
+        if points[0].config.comparison is not None:
+            return _compare(points, conf, program, multirun)
         if _on_slurm(points):
             from lora_one.harness.slurm.submit import submit
 
@@ -94,6 +98,18 @@ def launch_together(run: RunTogether, conf: Path, arguments: list[str] | None = 
 
     # Where things are being prepared, the advice to prepare them would help nobody.
     return _guarded(conf, arguments, act, advise=False)
+
+
+def _compare(points: list[Point], conf: Path, program: str, multirun: bool) -> int:
+    """Tune and compare, here or through SLURM."""
+    if _on_slurm(points):
+        from lora_one.harness.slurm.submit import submit
+
+        execute = partial(submit, program=program, multirun=True, table=False)
+    else:
+        execute = partial(sweep.run_points, program=program, table=False)
+    with composer(conf), requeueing(points[0].config.preemption):
+        return compare(make_arms(points, multirun), execute)
 
 
 def _guarded(conf: Path, arguments: list[str], act: Act, *, advise: bool = True) -> int:
@@ -177,6 +193,9 @@ def _act_on(conf: Path, given: list[str], questions: list[str], multirun: bool, 
     elif points[0].config.dry_run:
         from lora_one.harness.dry_run import show_plan
 
+        if points[0].config.comparison is not None:
+            with composer(conf):
+                points = describe(make_arms(points, multirun))
         show_plan([point.config for point in points])
         if _on_slurm(points):
             from lora_one.harness.slurm.submit import show_order

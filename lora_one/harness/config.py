@@ -16,6 +16,7 @@ GROUPS = (
     "optimizer",
     "tracking",
     "launcher",
+    "comparison",
     "experiment",
     "smoke",
 )
@@ -32,12 +33,20 @@ METHODS = {
     "LoRA-One": "lora_one",
 }
 GRADIENT_METHODS = {"lora_ga", "lora_one"}
+WEIGHT_METHODS = {"pissa", "olora"}
 SCALED_METHODS = GRADIENT_METHODS | {"gaussian", "kaiming", "orthogonal"}
 
 Positive = Annotated[float, Field(gt=0)]
 NotNegative = Annotated[float, Field(ge=0)]
 Count = Annotated[int, Field(gt=0)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
+
+
+def needs_gradient(method: str, rank_allocation: str | None) -> bool:
+    """Tell whether a method, or the allocation of its ranks, takes the one-step gradient."""
+    return method in GRADIENT_METHODS or (
+        rank_allocation == "energy" and method not in WEIGHT_METHODS
+    )
 
 
 class Section(BaseModel):
@@ -120,6 +129,10 @@ class InitConfig(Section):
     """How the adapter starts."""
 
     direction: str = Field(description="the method: " + ", ".join(METHODS))
+    rank_allocation: Literal["uniform", "energy"] = Field(
+        "uniform",
+        description="energy: ranks by singular values, within the parameters of rank lora_r",
+    )
     dtype: Literal["fp32", "bf16"] = Field(description="dtype of the adapter")
     seed: Seed = Field(description="seed of random factors and of the randomised SVD")
     scale: Literal["stable", "unit", "gd", "weightS"] | None = None
@@ -135,6 +148,11 @@ class InitConfig(Section):
     def method(self) -> str:
         """Name of the method as ``lora_one.initialize`` takes it."""
         return METHODS[self.direction]
+
+    @property
+    def needs_gradient(self) -> bool:
+        """Tell whether the one-step gradient is taken, for the factors or for the ranks."""
+        return needs_gradient(self.method, self.rank_allocation)
 
 
 class AdamWConfig(Section):
@@ -165,8 +183,13 @@ OptimizerConfig = Annotated[
 
 
 class EvaluationConfig(Section):
-    """How answers are generated and judged."""
+    """How the trained model is measured: how answers are generated and judged, or which loss."""
 
+    metric: Literal["task", "loss", "validation_loss"] = Field(
+        "task",
+        description="what is measured at the end: the benchmark's own metric; the mean loss of the "
+        "test rows' targets, without a reply; or the validation loss, which asks no test row",
+    )
     engine: Literal["transformers", "vllm"] = Field(
         description="what generates; vllm: if installed"
     )
@@ -183,6 +206,11 @@ class EvaluationConfig(Section):
         description="consent to running programs that the model writes, in a sandbox"
     )
     generate_only: bool = Field(description="write the replies and do not judge them")
+
+    @property
+    def judges(self) -> bool:
+        """Tell whether replies are made and judged."""
+        return self.metric == "task" and not self.generate_only
 
 
 class EvaluateConfig(Section):
@@ -235,6 +263,32 @@ class WandbConfig(Section):
     timeout_seconds: Positive = Field(
         30.0, description="the longest that a finished run waits for W&B"
     )
+
+
+class GridConfig(Section):
+    """What is tried of each setting, for the methods and optimisers that have it."""
+
+    learning_rate: list[Positive] = Field(
+        min_length=2, description="values of model.learning_rate, ascending"
+    )
+    stable_gamma: list[Positive] = Field([], description="values of init.stable_gamma, ascending")
+    damping: list[Positive] = Field([], description="values of optimizer.damping, ascending")
+    lr_ratio: list[Positive] = Field([], description="values of optimizer.lr_ratio, ascending")
+
+
+class ComparisonConfig(Section):
+    """A fair comparison: the same number of trials for each method, then the best on new seeds."""
+
+    arms: list[str] = Field(
+        min_length=1,
+        description="what is compared: each a line of overrides; with -m the points of the sweep",
+    )
+    grid: GridConfig
+    trials: Annotated[int, Field(ge=2, le=50)] = Field(
+        description="settings tried per arm, by validation loss"
+    )
+    tuning_seed: Seed = Field(description="seed of the trials")
+    seeds: list[Seed] = Field(min_length=1, description="seeds of the final runs, on the test rows")
 
 
 class LocalLauncher(Section):
@@ -298,6 +352,10 @@ class Config(Section):
     tracking: Literal["none", "wandb"]
     wandb: WandbConfig
     launcher: LauncherConfig
+    comparison: ComparisonConfig | None = Field(
+        None,
+        description="null: one run, or the points of a sweep as they are",
+    )
     parallelism: Literal["ddp", "fsdp2", "zero2", "zero3"] = Field(
         description="what several ranks share beside the rows: ddp nothing, fsdp2 the base's "
         "weights, zero2 and zero3 (DeepSpeed) the optimiser's state and, zero3, the weights"
@@ -327,4 +385,4 @@ class Config(Section):
         """Tell whether training rows are needed: to train, or for the gradient of the start."""
         if self.evaluate.adapter is not None:
             return False
-        return self.trains or self.init.method in GRADIENT_METHODS
+        return self.trains or self.init.needs_gradient

@@ -82,8 +82,10 @@ def load_data(config: Config, tokenizer: PreTrainedTokenizerBase, base: Base) ->
             require_context(context, "training", train.encoded)
             require_context(context, "validation", validation.encoded)
         test = source.load_test()
-    filling = count_filling(context, test, tokenizer, architecture)
-    require_room(context, filling, len(test))
+    filling = 0
+    if config.evaluation.metric == "task":
+        filling = count_filling(context, test, tokenizer, architecture)
+        require_room(context, filling, len(test))
     if validation is not None:
         probe = validation.encoded.rows[:2]
     else:
@@ -118,8 +120,9 @@ def require_consent(config: Config, task: Task) -> None:
     Raises:
         InputError: the benchmark's scorer runs programs, and nobody agreed to it.
     """
-    evaluation = config.evaluation
-    if not task.executes_code or evaluation.allow_code_execution or evaluation.generate_only:
+    if not task.executes_code or config.evaluation.allow_code_execution:
+        return
+    if not config.evaluation.judges:
         return
     raise InputError(
         f"dataset={task.name} is scored by running the programs that the model writes. They run in "
@@ -134,7 +137,7 @@ def sandbox_remark(config: Config, task: Task) -> str | None:
     Raises:
         SandboxError: no sandbox works on this machine: better now than after the replies.
     """
-    if not task.executes_code or config.evaluation.generate_only:
+    if not task.executes_code or not config.evaluation.judges:
         return None
     from lora_one.evaluation.sandbox import isolation
 

@@ -9,6 +9,7 @@ from peft import get_peft_model
 from rich.console import Console
 from rich.table import Table
 
+from lora_one.adapters.allocation import LARGEST
 from lora_one.errors import InputError
 from lora_one.harness.config import Config
 from lora_one.harness.console import make_console, quiet_libraries
@@ -121,7 +122,7 @@ def estimate_memory(config: Config, base: Base, total: int, trainable: int) -> i
 def _kind(config: Config) -> str:
     """Configurations that differ only in seed, learning rate or optimiser share an outlook."""
     relevant = config.model_dump(include={"dataset", "model", "peft"}) | {
-        "init": config.init.method
+        "init": [config.init.method, config.init.rank_allocation]
     }
     relevant["dataset"].pop("seed")
     for key in ("seed", "learning_rate"):
@@ -144,6 +145,9 @@ def _describe(console: Console, config: Config, outlook: Outlook) -> None:
         "trainable",
         f"{outlook.trainable:,} parameters, {outlook.trainable / outlook.total:.2%} of the base",
     )
+    if config.init.rank_allocation == "energy":
+        r = config.peft.lora_r
+        line("ranks", f"1 to {LARGEST * r}, by energy, within the parameters of rank {r}")
     if outlook.rows is not None:
         exact = outlook.base.available_offline and outlook.origin.available_offline
         steps = f"{outlook.steps:,} steps of {config.model.real_batch_size} rows"

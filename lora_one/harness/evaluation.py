@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import time
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -15,7 +16,7 @@ from peft import PeftModel, get_peft_model_state_dict
 from torch import nn
 from tqdm import tqdm
 
-from lora_one.errors import InputError
+from lora_one.errors import InputError, NonFiniteError
 from lora_one.evaluation.context import context_of
 from lora_one.evaluation.engines import Decoding, Engine, TransformersEngine
 from lora_one.evaluation.evaluate import (
@@ -32,14 +33,17 @@ from lora_one.evaluation.evaluate import (
 from lora_one.evaluation.generation import eos_token_ids
 from lora_one.evaluation.head import HeadEngine, refuse_sampling
 from lora_one.evaluation.journal import Journal, recover
+from lora_one.evaluation.loss import mean_token_loss
 from lora_one.evaluation.sampling import Sampling
 from lora_one.evaluation.vllm_engine import VllmEngine, require_vllm
 from lora_one.harness.config import Config
 from lora_one.harness.console import say, show_progress
+from lora_one.harness.data import batches_of
 from lora_one.harness.fsdp import own_pace
 from lora_one.harness.models import Base, base_dtype
 from lora_one.harness.ranks import is_main, rank, world_size
 from lora_one.tasks import Task
+from lora_one.tasks.encoding import encode
 
 if TYPE_CHECKING:
     from lora_one.harness.data import Data
@@ -106,6 +110,36 @@ def evaluate(
         "ranks": world_size(),
     }
     return EvaluationResult(summarise(task, rows, score=score) | timing, rows), facts
+
+
+def test_loss(config: Config, plan: "Plan", model: nn.Module) -> dict[str, float]:
+    """Mean loss of the test rows' targets, in nats per token (classification: per row).
+
+    Returns:
+        ``test_loss``, and ``n``: the rows that it is taken over, those longer than
+        ``model.max_length`` being left out.
+
+    Raises:
+        NonFiniteError: it is not finite.
+    """
+    architecture = plan.base.architecture
+    encoded = encode(
+        plan.data.test,
+        plan.tokenizer,
+        max_length=config.model.max_length,
+        architecture=architecture,
+        loss_on=config.dataset.loss_on,
+    )
+    if encoded.dropped:
+        say(
+            f"note: test: {encoded.dropped:,} of {len(plan.data.test):,} rows left out, longer "
+            f"than model.max_length={config.model.max_length} tokens"
+        )
+    batches = batches_of(encoded.rows, config.model.per_device_batch_size, plan.collator)
+    loss = mean_token_loss(model, batches, architecture).mean
+    if not math.isfinite(loss):
+        raise NonFiniteError(f"the loss of the test rows is {loss}")
+    return {"test_loss": loss, "n": len(encoded)}
 
 
 def decoding_of(config: Config, task: Task) -> Decoding:

@@ -88,6 +88,7 @@ def _export_adapter(
         difference = _reload_difference(config, base, model, path, probe)
     return {
         "rank": report.rank,
+        "rank_range": list(report.rank_range),
         "truncation_error": report.truncation_error,
         "largest_logit_difference": difference,
     }
@@ -103,7 +104,10 @@ def _reload_difference(
     trained = model.eval()(**probe).logits.float()
     model.train(was_training)
     untouched: PreTrainedModel = load_base(base, config.model, device, dtype)
-    reloaded = PeftModel.from_pretrained(untouched, adapter).eval()(**probe).logits.float()
+    # In the dtype that was trained: PEFT would load bf16 factors as fp32, which round less.
+    wide = config.init.dtype == "fp32"
+    loaded = PeftModel.from_pretrained(untouched, adapter, autocast_adapter_dtype=wide)
+    reloaded = loaded.eval()(**probe).logits.float()
     difference = float((trained - reloaded).abs().max())
     exact = config.export.rank is None
     allowed = TOLERANCES[dtype] * max(1.0, float(trained.abs().max()))
@@ -140,8 +144,8 @@ def write_card(config: Config, folder: Path, facts: dict[str, Any]) -> None:
         "",
         f"# {facts['run_id']}",
         "",
-        f"A plain LoRA of rank {exported['rank']} for the untouched `{name}`. It was started with "
-        f"**{config.init.direction}** and {trained}.",
+        f"A plain LoRA of {describe_rank(exported)} for the untouched `{name}`. It was started "
+        f"with **{config.init.direction}** and {trained}.",
         "",
         "```python",
         "from peft import PeftModel",
@@ -163,6 +167,12 @@ def write_card(config: Config, folder: Path, facts: dict[str, Any]) -> None:
         "",
     ]
     write_atomically(folder / "adapter" / "README.md", "\n".join(lines))
+
+
+def describe_rank(facts: dict[str, Any]) -> str:
+    """Return ``rank 8``, or ``ranks 3 to 21`` where layers differ; facts as ``export`` returns."""
+    low, high = facts["rank_range"]
+    return f"rank {low}" if low == high else f"ranks {low} to {high}"
 
 
 def _result_lines(facts: dict[str, Any]) -> list[str]:

@@ -7,6 +7,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Collection
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ NOT_PART_OF_THE_RUN = {
     "tracking",
     "wandb",
     "launcher",
+    "comparison",
     "checkpoints",
     "preemption",
     "parallelism",
@@ -46,6 +48,9 @@ FOR_TRAINING = {"optimizer"} | {
         "eval_epochs",
     )
 }
+# Keys that came after runs had been made, with the value at which they change nothing: there they
+# count for nothing, so that these runs are found again.
+NEUTRAL = {"evaluation.metric": "task", "init.rank_allocation": "uniform"}
 FOR_A_START = {"train", "init", "peft", "export"}
 # What chooses and encodes training and validation rows.
 FOR_ROWS_THAT_CARRY_LOSS = ("train_rows", "validation_rows", "loss_on", "seed")
@@ -58,6 +63,8 @@ def run_id(config: Config) -> str:
     same command finds its run again.
     """
     rank = f"r{config.peft.lora_r}" if config.peft.use_peft else "full"
+    if config.init.rank_allocation != "uniform":
+        rank += f"_{config.init.rank_allocation}"
     how = [rank, config.optimizer.name, f"lr{config.model.learning_rate:g}"]
     seed: int | None = config.seed
     if config.evaluate.adapter is not None:
@@ -79,7 +86,10 @@ def settings_digest(config: Config) -> str:
         given = settings[section].get(key)
         if isinstance(given, str) and Path(given).exists():
             settings[section][key] = str(Path(given).resolve())
-    settings = without(settings, NOT_PART_OF_THE_RUN | unread(config))
+    neutral = {
+        key for key, value in NEUTRAL.items() if reduce(getattr, key.split("."), config) == value
+    }
+    settings = without(settings, NOT_PART_OF_THE_RUN | neutral | unread(config))
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
 
 

@@ -9,10 +9,10 @@ from transformers import PreTrainedModel
 import lora_one
 from lora_one.harness.checkpoint import Checkpoint
 from lora_one.harness.config import Config
-from lora_one.harness.models import attach_adapter
+from lora_one.harness.models import attach_adapter, with_ranks
 from lora_one.harness.plan import Plan
 from lora_one.harness.ranks import rank, world_size
-from lora_one.harness.training_state import load_model
+from lora_one.harness.training_state import load_model, stored_ranks
 from lora_one.numerics.factors import METHODS
 
 
@@ -27,7 +27,20 @@ def initialise(config: Config, plan: Plan, base: PreTrainedModel) -> tuple[Any, 
         return model, {"method": "adapter", "summary": f"{plan.given.path}, as it is"}
     if plan.adapter is None:
         return base, {"method": "full_ft"}
-    model = attach_adapter(base, plan.adapter, config.init.seed, config.init.dtype)
+    # Every rank takes its share of the rows; the library adds the shares up.
+    batches = plan.init_batches[rank() :: world_size()] or None
+    adapter, allocation = plan.adapter, None
+    if config.init.rank_allocation == "energy":
+        allocation = lora_one.allocate_ranks(
+            base,
+            batches,
+            rank=config.peft.lora_r,
+            target_modules=list(plan.shapes),
+            method=config.init.method,
+            seed=config.init.seed,
+        )
+        adapter = with_ranks(adapter, allocation.ranks)
+    model = attach_adapter(base, adapter, config.init.seed, config.init.dtype)
     if config.peft.adalora:
         return model, {"method": "adalora"}
     method = config.init.method
@@ -38,10 +51,12 @@ def initialise(config: Config, plan: Plan, base: PreTrainedModel) -> tuple[Any, 
         options["stable_gamma"] = config.init.stable_gamma
     if METHODS[method].needs:
         options["cache_dir"] = Path(config.output_dir) / "cache" / "init"
-    # Every rank takes its share of the rows; the library adds the shares up.
-    batches = plan.init_batches[rank() :: world_size()] or None
     report = lora_one.initialize(model, batches, method=method, **options)
-    return model, report.to_dict() | {"summary": report.summary()}
+    facts = report.to_dict() | {"summary": report.summary()}
+    if allocation is not None:
+        facts["seconds"] += allocation.seconds
+        facts["rank_allocation"] = allocation.to_dict() | {"summary": allocation.summary()}
+    return model, facts
 
 
 def restore(config: Config, plan: Plan, base: PreTrainedModel, checkpoint: Checkpoint) -> Any:
@@ -52,6 +67,9 @@ def restore(config: Config, plan: Plan, base: PreTrainedModel, checkpoint: Check
     """
     model: Any = base
     if plan.adapter is not None:
-        model = attach_adapter(base, plan.adapter, config.init.seed, config.init.dtype)
+        adapter = plan.adapter
+        if config.init.rank_allocation == "energy":
+            adapter = with_ranks(adapter, stored_ranks(checkpoint.path))
+        model = attach_adapter(base, adapter, config.init.seed, config.init.dtype)
     load_model(model, checkpoint.path)
     return model

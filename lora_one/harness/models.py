@@ -3,7 +3,7 @@
 import copy
 import hashlib
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from lora_one.adapters.allocation import alpha_pattern
 from lora_one.errors import InputError, NotPreparedError, nearest
 from lora_one.harness.config import Config, ModelConfig
 from lora_one.harness.model_files import fetch_model, model_is_here, require_weights
@@ -263,6 +264,21 @@ def adapter_config(config: Config, base: Base, total_steps: int | None = None) -
         ensure_weight_tying=peft.train_embeddings and bool(model.config.tie_word_embeddings),
         **shared,
     )
+
+
+def with_ranks(adapter: LoraConfig, ranks: Mapping[str, int]) -> LoraConfig:
+    """Return PEFT's config with a rank per layer, and the same scaling in all of them.
+
+    Args:
+        adapter: With the uniform rank.
+        ranks: Layer name -> rank; other layers keep the uniform one.
+    """
+    result = copy.deepcopy(adapter)
+    result.rank_pattern = {name: r for name, r in ranks.items() if r != adapter.r}
+    result.alpha_pattern = alpha_pattern(
+        ranks, r=adapter.r, lora_alpha=adapter.lora_alpha, use_rslora=adapter.use_rslora
+    )
+    return result
 
 
 def _trained_in_full(config: Config, base: Base, model: PreTrainedModel) -> list[str]:

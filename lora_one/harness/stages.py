@@ -150,6 +150,8 @@ def initialise(
         losses={"base_validation": base_loss, "start_validation": start_loss},
         init={name: report.get(name) for name in ("seconds", "cached", "stable_gamma")},
     )
+    if "rank_allocation" in report:
+        say(f"ranks: {report['rank_allocation']['summary']}")
     origin = " (from the cache)" if report.get("cached") else ""
     losses = _losses(base_loss, start_loss)
     say(f"init: {report.get('summary', report['method'])}{origin}{losses}")
@@ -215,7 +217,10 @@ def train(config: Config, plan: Plan, model: Any, record: RunRecord, tracker: Tr
 
 
 def evaluate(config: Config, plan: Plan, model: Any, record: RunRecord, tracker: Tracker) -> None:
-    """Answer the test rows and score every answer."""
+    """Answer the test rows and score every answer, or take the loss that is asked for."""
+    if config.evaluation.metric != "task":
+        _measure_loss(config, plan, model, record, tracker)
+        return
     base_weights = record.facts["model"]["fingerprint"]
     result, facts = evaluation.evaluate(config, plan, model, record.folder, base_weights)
     if not is_main():
@@ -230,6 +235,21 @@ def evaluate(config: Config, plan: Plan, model: Any, record: RunRecord, tracker:
     _log(record, tracker, step=record.facts["train"]["steps"], **values)
 
 
+def _measure_loss(
+    config: Config, plan: Plan, model: Any, record: RunRecord, tracker: Tracker
+) -> None:
+    """Let a loss be the result: that of the test rows, or the validation loss that is known."""
+    validation = record.facts["losses"]["validation"]
+    rows = plan.data.facts["rows"]["validation"]
+    metrics = {"validation_loss": validation, "n": rows}
+    primary = "validation_loss"
+    if config.evaluation.metric == "loss":
+        primary = "test_loss"
+        metrics |= evaluation.test_loss(config, plan, model)
+        _log(record, tracker, step=record.facts["train"]["steps"], test_loss=metrics[primary])
+    record.update(metrics=metrics, primary_metric=primary)
+
+
 def export(config: Config, plan: Plan, model: Any, record: RunRecord) -> None:
     """Write the adapter for the untouched base and check it; one that is there already stays."""
     if plan.given is not None:
@@ -242,7 +262,7 @@ def export(config: Config, plan: Plan, model: Any, record: RunRecord) -> None:
     record.update(export=facts)
     difference = facts["largest_logit_difference"]
     if difference is not None:
-        say(f"export: rank {facts['rank']}, {_compared(difference)}")
+        say(f"export: {exporting.describe_rank(facts)}, {_compared(difference)}")
 
 
 def _compared(difference: float) -> str:

@@ -25,7 +25,7 @@ SWEEP_VARIABLE = "LORA_ONE_SWEEP"
 NOT_DONE = {BAD_INPUT: "bad input", TRY_AGAIN: "not done"}
 
 
-def run_points(points: Sequence[Point], program: str) -> int:
+def run_points(points: Sequence[Point], program: str, *, table: bool = True) -> int:
     """Run the points one after the other and show what came out.
 
     A point that fails does not stop the others. What is finished is not run again, and what other
@@ -34,6 +34,7 @@ def run_points(points: Sequence[Point], program: str) -> int:
     Args:
         points: What to run.
         program: The script that runs one point.
+        table: Whether to show the table of the runs at the end.
 
     Returns:
         0 if every point is finished, else the status of the first that is not.
@@ -50,7 +51,8 @@ def run_points(points: Sequence[Point], program: str) -> int:
         agenda = Agenda(todo, messenger.asked_to_stop) if is_main() else None
         _work_off(agenda, todo, program, files.digest, messenger)
     if agenda is not None:
-        files.show_table()
+        if table:
+            files.show_table()
         for name, status in agenda.problems.items():
             say(f"{NOT_DONE.get(status, 'failed')}: {name}")
     return share(None if agenda is None else next(iter(agenda.problems.values()), DONE))

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 from peft import PeftModel
+from safetensors import safe_open
 from safetensors.torch import load, load_file, save, save_file
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -72,6 +73,17 @@ def load_model(model: nn.Module, folder: Path) -> None:
             score, _, name = key.partition("/")
             getattr(allocator, score)[name] = tensor.to(model.device)
         allocator.peft_config.rank_pattern = _read_json(folder / RANK_PATTERN)["rank_pattern"]
+
+
+def stored_ranks(folder: Path) -> dict[str, int]:
+    """Return the rank of each layer's adapter in a checkpoint: ``lora_A`` is (r, in)."""
+    before, after = "base_model.model.", ".lora_A.default.weight"
+    with safe_open(folder / WEIGHTS, framework="pt") as file:
+        return {
+            key.removeprefix(before).removesuffix(after): file.get_slice(key).get_shape()[0]
+            for key in file.keys()  # noqa: SIM118 -- safe_open is no mapping
+            if key.endswith(after)
+        }
 
 
 def save_optimizer(optimizer: Optimizer, scheduler: Any, folder: Path) -> None:

@@ -18,6 +18,7 @@ from lora_one.harness.config import (
     LauncherConfig,
     OptimizerConfig,
     Section,
+    needs_gradient,
 )
 from lora_one.harness.parallelism import check_parallelism
 from lora_one.harness.slurm.options import check_launcher
@@ -83,10 +84,14 @@ def _settle_init(init: dict[str, Any]) -> None:
         raise InputError(f"init.scale is needed by init.direction={direction}")
     if method not in SCALED_METHODS and "scale" in init:
         init["scale"] = None
+    takes_gradient = needs_gradient(method, init.get("rank_allocation"))
+    reason = f"init.direction={direction}"
+    if method not in GRADIENT_METHODS:
+        reason = "init.rank_allocation=energy"
     for key in ("bsz", "iters", "max_length"):
-        if method in GRADIENT_METHODS and init.get(key) is None:
-            raise InputError(f"init.{key} is needed by init.direction={direction}")
-        if method not in GRADIENT_METHODS and _is_positive(init.get(key)):
+        if takes_gradient and init.get(key) is None:
+            raise InputError(f"init.{key} is needed by {reason}")
+        if not takes_gradient and _is_positive(init.get(key)):
             init[key] = None
 
 
@@ -134,13 +139,42 @@ def _check_consistency(config: Config) -> None:
     if peft.lora_target_modules == []:
         raise InputError("peft.lora_target_modules=[] names no layer. Write all, or qv, or a list.")
     check_parallelism(config)
+    _check_allocation(config)
     _check_evaluation(config)
+    _check_comparison(config)
     if config.launcher.name == "slurm":
         check_launcher(config.launcher)
 
 
+def _check_allocation(config: Config) -> None:
+    if config.init.rank_allocation == "uniform":
+        return
+    asked = f"init.rank_allocation={config.init.rank_allocation}"
+    if config.evaluate.adapter is not None:
+        raise InputError(
+            f"{asked}: evaluate.adapter is there already, with its ranks. Leave one of them out."
+        )
+    if not config.peft.use_peft:
+        raise InputError(f"{asked}: peft=full_ft has no ranks. Leave one of them out.")
+    if config.peft.adalora:
+        raise InputError(
+            f"{asked}: peft=adalora allocates ranks by itself while it trains. Leave one of them "
+            "out."
+        )
+
+
 def _check_evaluation(config: Config) -> None:
     evaluation, peft = config.evaluation, config.peft
+    if evaluation.metric != "task" and evaluation.generate_only:
+        raise InputError(
+            "evaluation.generate_only=true writes replies, and evaluation.metric="
+            f"{evaluation.metric} makes none. Leave one of the two out."
+        )
+    if evaluation.metric == "validation_loss" and not config.learns:
+        raise InputError(
+            "evaluation.metric=validation_loss needs validation rows, which a run without training "
+            "rows does not read. Give evaluation.metric=task or loss."
+        )
     if evaluation.temperature == 0 and evaluation.samples > 1:
         raise InputError(
             f"evaluation.samples={evaluation.samples} greedy replies would be all the same. Give "
@@ -164,6 +198,39 @@ def _check_evaluation(config: Config) -> None:
         raise InputError(
             "evaluation.engine=vllm loads plain LoRA only, not DoRA's magnitudes or trained "
             "embeddings. Give evaluation.engine=transformers."
+        )
+
+
+def _check_comparison(config: Config) -> None:
+    comparison = config.comparison
+    if comparison is None:
+        return
+    for key, values in comparison.grid.model_dump().items():
+        if values != sorted(set(values)):
+            raise InputError(
+                f"comparison.grid.{key}={values}: expected ascending values, each of them once."
+            )
+    rates = len(comparison.grid.learning_rate)
+    if comparison.trials < rates:
+        raise InputError(
+            f"comparison.trials={comparison.trials} is less than the {rates} learning rates of "
+            "comparison.grid.learning_rate, each of which is tried. Give more trials or fewer "
+            "rates."
+        )
+    if comparison.tuning_seed in comparison.seeds:
+        raise InputError(
+            f"comparison.seeds={comparison.seeds} holds comparison.tuning_seed="
+            f"{comparison.tuning_seed}, with which the settings were chosen: its luck would count "
+            "twice. Give other seeds."
+        )
+    if not config.trains:
+        raise InputError(
+            "comparison tunes a training, and this run has none. Leave out train=none."
+        )
+    if config.evaluation.metric == "validation_loss":
+        raise InputError(
+            "evaluation.metric=validation_loss is what the settings are chosen by; comparison ends "
+            "with test rows. Give evaluation.metric=task or loss."
         )
 
 
@@ -220,5 +287,12 @@ def _keys_of(path: list[str], composed: Mapping[str, Any]) -> list[str]:
         for branch in _branches(path[0]):
             if name in get_args(branch.model_fields["name"].annotation):
                 return list(branch.model_fields)
-    section = Config.model_fields[path[0]].annotation
+    section: Any = Config
+    for name in path:
+        section = _without_none(section.model_fields[name].annotation)
     return list(section.model_fields)
+
+
+def _without_none(annotation: Any) -> Any:
+    """``Section | None`` -> ``Section``."""
+    return next((arg for arg in get_args(annotation) if arg is not type(None)), annotation)

@@ -176,7 +176,7 @@ def comparison_table(blocks: Sequence[Block]) -> Results:
                 [
                     row.arm.name + suffix,
                     chosen_words(row.arm),
-                    str(len(row.arm.groups)),
+                    str(len(row.arm.tried)),
                     str(len(chosen.runs)),
                     mean_sd(chosen.values(block.metric)),
                     mean_sd(chosen.validation_losses),

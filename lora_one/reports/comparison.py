@@ -5,12 +5,17 @@ a method with an optimiser (and any other setting that varies and is not tuned);
 the points of its grid. Per arm one point is chosen by the lowest mean validation loss, so that the
 test metric chooses nothing; only where validation losses are missing does the metric itself
 choose, and then it is said.
+
+Where an arm has *trials*, runs that asked no test row, they are its grid, and its other runs at the
+chosen setting are its result.
 """
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from lora_one.harness.tuning import TUNED
 from lora_one.reports.groups import (
     FOLLOWS_METHOD,
     FOLLOWS_OPTIMISER,
@@ -20,9 +25,9 @@ from lora_one.reports.groups import (
 )
 from lora_one.reports.statistics import Difference, mean, paired_difference, verdict
 
-LEARNING_RATE = "model.learning_rate"
+LEARNING_RATE = TUNED["learning_rate"]
 # What a method or an optimiser is tuned over; everything else that varies makes another arm.
-TUNED = (LEARNING_RATE, "init.stable_gamma", "optimizer.damping", "optimizer.lr_ratio")
+TUNED_KEYS = tuple(TUNED.values())
 
 
 @dataclass(frozen=True)
@@ -31,8 +36,9 @@ class Arm:
 
     Attributes:
         name: Short, unique in its block.
-        groups: All points of the grid, at least one.
-        chosen: The point that represents the arm.
+        groups: All of its runs, at least one group.
+        tried: The points of its grid, trials where it has any.
+        chosen: What represents the arm: the best point of the grid, of trials its final runs.
         chosen_by: ``validation loss``, or the metric's name where there was no such loss.
         grid: Tuned setting -> the values that were tried, in order.
         at_edge: Tuned settings whose chosen value is the smallest or the largest tried.
@@ -40,6 +46,7 @@ class Arm:
 
     name: str
     groups: tuple[Group, ...]
+    tried: tuple[Group, ...]
     chosen: Group
     chosen_by: str
     grid: dict[str, list[Any]]
@@ -113,25 +120,34 @@ def higher_is_better(metric: str) -> bool:
 
 def compare(groups: Sequence[Group]) -> list[Block]:
     """Sort groups into blocks and judge each block's arms against its best one."""
-    blocks: dict[str, list[Group]] = {}
+    blocks: dict[tuple[str, str], list[Group]] = {}
     for group in groups:
-        blocks.setdefault(_block_key(group), []).append(group)
+        if not group.is_trial:
+            blocks.setdefault((_subject(group), group.primary_metric), []).append(group)
+    subjects = {subject for subject, _ in blocks}
+    for group in groups:
+        if group.is_trial and _subject(group) not in subjects:
+            blocks.setdefault((_subject(group), group.primary_metric), [])
+    for (subject, _), members in blocks.items():
+        members += [group for group in groups if group.is_trial and _subject(group) == subject]
     return [_block(members) for members in blocks.values()]
 
 
-def _block_key(group: Group) -> str:
+def _subject(group: Group) -> str:
+    """What runs must share to be compared by a metric."""
     settings, data = group.settings, group.runs[0].record.get("data") or {}
     facts = ("dataset.name", "dataset.path", "dataset.test_rows", "model.name")
     rows = data.get("test_row_ids_sha256") if isinstance(data, dict) else None
-    return as_text([*(settings.get(fact) for fact in facts), rows, group.primary_metric])
+    return as_text([*(settings.get(fact) for fact in facts), rows])
 
 
 def _block(groups: list[Group]) -> Block:
-    metric = groups[0].primary_metric
-    distinguishing = [key for key in varied_settings(groups) if key not in TUNED]
+    metric = groups[0].primary_metric  # the first is a trial only where all are
+    distinguishing = [key for key in varied_settings(groups) if key not in TUNED_KEYS]
+    plain = {key: _plain_values(groups, key) for key in distinguishing}
     arms: dict[str, list[Group]] = {}
     for group in groups:
-        arms.setdefault(_arm_name(group, distinguishing), []).append(group)
+        arms.setdefault(_arm_name(group, plain), []).append(group)
     chosen = [_choose(name, members, metric) for name, members in arms.items()]
     settings = groups[0].settings
     model = str(settings.get("model.name", "model")).rstrip("/").split("/")[-1]
@@ -144,21 +160,38 @@ def _block(groups: list[Group]) -> Block:
     )
 
 
-def _arm_name(group: Group, distinguishing: Sequence[str]) -> str:
-    settings = group.settings
+def _plain_values(groups: Sequence[Group], key: str) -> dict[tuple[str, str], str]:
+    """Find out who need not say a setting that makes arms.
+
+    Returns:
+        Method and optimiser -> their only value, where most of the block has the same one.
+    """
+    values = Counter(as_text(group.settings.get(key)) for group in groups)
+    usual, count = values.most_common(1)[0]
+    own: dict[tuple[str, str], set[str]] = {}
+    for group in groups:
+        own.setdefault((group.method, group.optimiser), set()).add(as_text(group.settings.get(key)))
+    is_usual = 2 * count > len(groups)
+    return {who: usual for who, had in own.items() if is_usual and had == {usual}}
+
+
+def _arm_name(group: Group, plain: Mapping[str, Mapping[tuple[str, str], str]]) -> str:
+    settings, who = group.settings, (group.method, group.optimiser)
     extra = []
-    for key in distinguishing:
+    for key, silent in plain.items():
         # What belongs to a method or optimiser is no distinction between methods.
         if key in FOLLOWS_METHOD + FOLLOWS_OPTIMISER and settings.get(key) is None:
             continue
-        extra.append(f"{key.rpartition('.')[2]}={settings.get(key)}")
-    return " · ".join([group.method, group.optimiser, *extra])
+        if who not in silent:
+            extra.append(f"{key.rpartition('.')[2]}={settings.get(key)}")
+    return " · ".join([*who, *extra])
 
 
 def _choose(name: str, groups: list[Group], metric: str) -> Arm:
-    losses = [mean_of(group.validation_losses) for group in groups]
-    scores = [mean_of(group.values(metric)) for group in groups]
-    places = range(len(groups))
+    tried = [group for group in groups if group.is_trial] or groups
+    losses = [mean_of(group.validation_losses) for group in tried]
+    scores = [mean_of(group.values(metric)) for group in tried]
+    places = range(len(tried))
     if None not in losses:
         chosen, by = min(places, key=lambda place: losses[place]), "validation loss"
     elif None not in scores:
@@ -166,18 +199,32 @@ def _choose(name: str, groups: list[Group], metric: str) -> Arm:
         chosen, by = pick(places, key=lambda place: scores[place]), metric
     else:
         chosen, by = 0, "order"
+    best = tried[chosen]
     grid: dict[str, list[Any]] = {}
-    for key in TUNED:
-        values = {group.settings.get(key) for group in groups if group.is_trained} - {None}
+    for key in TUNED_KEYS:
+        values = {group.settings.get(key) for group in tried if group.is_trained} - {None}
         numbers = sorted(value for value in values if isinstance(value, int | float))
         if numbers:
             grid[key] = numbers
     at_edge = tuple(
         key
         for key, values in grid.items()
-        if len(values) > 1 and groups[chosen].settings.get(key) in (values[0], values[-1])
+        if len(values) > 1 and best.settings.get(key) in (values[0], values[-1])
     )
-    return Arm(name, tuple(groups), groups[chosen], by, grid, at_edge)
+    return Arm(name, tuple(groups), tuple(tried), _result(best, groups), by, grid, at_edge)
+
+
+def _result(best: Group, groups: Sequence[Group]) -> Group:
+    """Return the final runs at a trial's setting, if there are any; else the group itself."""
+    if not best.is_trial:
+        return best
+    setting = [best.settings.get(key) for key in TUNED_KEYS]
+    finals = [
+        group
+        for group in groups
+        if not group.is_trial and [group.settings.get(key) for key in TUNED_KEYS] == setting
+    ]
+    return finals[0] if finals else best
 
 
 def _judge(arms: list[Arm], metric: str) -> tuple[Row, ...]:
@@ -207,10 +254,12 @@ def _rank(score: float | None, higher: bool) -> tuple[bool, float]:
 
 def _warnings(arms: list[Arm], metric: str) -> list[str]:
     warnings = []
-    tried = {arm.name: len(arm.groups) for arm in arms if arm.chosen.is_trained}
+    tried = {arm.name: len(arm.tried) for arm in arms if arm.chosen.is_trained}
     if len(set(tried.values())) > 1:
         counts = ", ".join(f"{name}: {count}" for name, count in tried.items())
-        warnings.append(f"unequal tuning budgets (settings tried): {counts}")
+        warnings.append(
+            f"unequal tuning budgets (settings tried, without those that failed): {counts}"
+        )
     edges = [
         f"{arm.name} ({key.rpartition('.')[2]} {arm.chosen.settings[key]:g})"
         for arm in arms
@@ -221,7 +270,7 @@ def _warnings(arms: list[Arm], metric: str) -> list[str]:
             "chosen at the edge of the grid that was tried, so that a better one may lie outside: "
             + ", ".join(edges)
         )
-    flattered = [arm.name for arm in arms if len(arm.groups) > 1 and arm.chosen_by == metric]
+    flattered = [arm.name for arm in arms if len(arm.tried) > 1 and arm.chosen_by == metric]
     if flattered:
         warnings.append(
             f"chosen by {metric} on the test rows themselves, which flatters (there is no "

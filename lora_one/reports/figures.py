@@ -288,7 +288,7 @@ def _against_rate(
 def _best_by_rate(arm: Arm) -> dict[float, Group]:
     """At each learning rate, the setting with the lowest validation loss."""
     best: dict[float, Group] = {}
-    for group in arm.groups:
+    for group in arm.tried:
         rate = group.settings.get(LEARNING_RATE)
         if not group.is_trained or not isinstance(rate, int | float):
             continue

@@ -12,6 +12,7 @@ SEEDS = ("seed", "dataset.seed", "init.seed", "model.seed", "evaluation.seed")
 # Settings that the fixed columns already show, or that follow from the choice of a method.
 SHOWN = {
     "train",
+    "evaluation.metric",
     "model.learning_rate",
     "optimizer.name",
     "init.direction",
@@ -59,14 +60,19 @@ class Group:
         return is_trained(self.settings)
 
     @property
+    def is_trial(self) -> bool:
+        """Whether these runs served to choose a setting: no test row was asked."""
+        return self.settings.get("evaluation.metric") == "validation_loss"
+
+    @property
     def primary_metric(self) -> str:
         """The metric that this benchmark is about."""
         return self.runs[0].record["primary_metric"]
 
     @property
     def test_rows(self) -> int | None:
-        """How many test rows were scored."""
-        return self.runs[0].record["metrics"].get("n")
+        """How many test rows were scored; None where none was asked."""
+        return None if self.is_trial else self.runs[0].record["metrics"].get("n")
 
     def values(self, metric: str) -> list[float | None]:
         """One value per run, None where a run has none."""
@@ -162,7 +168,8 @@ def varied_settings(groups: Sequence[Group]) -> list[str]:
             settings = group.settings
             kin: tuple[Any, ...] = ()
             if key in FOLLOWS_METHOD:
-                kin = (group.method,)
+                # The ranks of a method without a gradient may follow one.
+                kin = (group.method, settings.get("init.rank_allocation"))
             elif key in FOLLOWS_OPTIMISER:
                 kin = (settings.get("optimizer.name"),)
             elif key.startswith("dataset.") and key != "dataset.name":

@@ -129,7 +129,7 @@ def _row(row: Row, block: Block, numbers: Sequence[Number]) -> dict[str, Any]:
         "chosenBy": arm.chosen_by,
         "edge": list(arm.at_edge),
         "grid": {key: values for key, values in arm.grid.items() if len(values) > 1},
-        "tried": len(arm.groups),
+        "tried": len(arm.tried),
         "runs": arm.runs,
         "seeds": len(chosen.runs),
         "mean": mean_of(values),

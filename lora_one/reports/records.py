@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from lora_one.harness.folder import NOT_PART_OF_THE_RUN, without
+from lora_one.harness.folder import NEUTRAL, NOT_PART_OF_THE_RUN, without
 
 RUN_FILES = ("run.json", "config.yaml", "metrics.jsonl")
 STATUSES = ("running", "finished", "failed", "preempted")
@@ -130,7 +130,8 @@ def _read_settings(file: Path) -> dict[str, Any]:
     nested = yaml.load(file.read_text(encoding="utf-8"), Loader=_Loader)  # noqa: S506 - a safe one
     if not isinstance(nested, dict):
         raise ValueError(f"config.yaml holds a {type(nested).__name__}, expected a mapping")
-    return _flatten(without(nested, NOT_PART_OF_THE_RUN))
+    # A run has the same name with and without these keys, so it has the same settings.
+    return NEUTRAL | _flatten(without(nested, NOT_PART_OF_THE_RUN))
 
 
 def _defect(record: dict[str, Any], settings: dict[str, Any]) -> str | None:

@@ -46,7 +46,8 @@ def summarise(runs: Sequence[Run]) -> Results:
     """
     groups, repeats = group_runs(runs)
     varied = varied_settings(groups)
-    metrics = sorted({group.primary_metric for group in groups})
+    # The validation loss of a trial has a column of its own.
+    metrics = sorted({group.primary_metric for group in groups} - {"validation_loss"})
     columns = [
         "method",
         "optimiser",
@@ -97,7 +98,8 @@ def _marks(groups: list[Group], columns: list[str]) -> dict[tuple[int, int], str
     place = {id(group): index for index, group in enumerate(groups)}
     marks = {}
     for block in compare(groups):
-        metric, column = block.metric, columns.index(block.metric)
+        metric = block.metric
+        column = columns.index(metric.replace("validation_loss", "validation loss"))
         scored = [group for group in block.groups if mean_of(group.values(metric)) is not None]
         if len(scored) < 2:
             continue
@@ -137,10 +139,19 @@ def _first_line(text: object) -> str:
 
 
 def render(results: Results) -> None:
-    """Print the table to the terminal."""
+    """Print the table of settings to the terminal."""
+    _render(results, left=2, note="not in the table: ")
+
+
+def render_comparison(results: Results) -> None:
+    """Print the table of a comparison to the terminal."""
+    _render(results, left=2, note="")
+
+
+def _render(results: Results, left: int, note: str) -> None:
     table = Table(box=None, header_style="bold", pad_edge=False)
     for index, column in enumerate(results.columns):
-        table.add_column(column, justify="left" if index < 2 else "right", no_wrap=True)
+        table.add_column(column, justify="left" if index < left else "right", no_wrap=True)
     for index, row in enumerate(results.rows):
         cells = [_marked(cell, results.marks.get((index, at))) for at, cell in enumerate(row)]
         table.add_row(*cells)
@@ -150,8 +161,8 @@ def render(results: Results) -> None:
     console.print(table)
     if TIE in results.marks.values():
         print(f"  {TIE_MARK} cannot be told from the best by the seeds that both have")
-    for note in results.notes:
-        console.print(f"  not in the table: {note}", highlight=False, markup=False)
+    for text in results.notes:
+        console.print(f"  {note}{text}", highlight=False, markup=False, soft_wrap=True)
 
 
 def _marked(cell: str, mark: str | None) -> Text:

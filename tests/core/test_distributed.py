@@ -63,6 +63,9 @@ def rank_results(rank):
     results["summands"] = decomposed_summands(rank)
     results["refused"] = refused(batches if rank == 0 else [])
     results["trained"] = trained_with_ddp(batches[rank])
+    results["allocated"] = allocated(tiny_llama(), uneven, "lora_one")
+    results["allocated, wide"] = allocated(wide_llama(), even, "lora_ga")
+    results["allocated, sharded"] = allocated(sharded_llama(), even, "pissa")
     results["fsdp"] = lora_one.estimate_gradients(
         sharded_llama(), even, target_modules=TARGETS["llama"]
     )
@@ -104,6 +107,14 @@ def started_wide(batches):
         dist.all_reduce = add_up
     energies = [layer.captured_energy for layer in report.layers]
     return factors_of(peft_model), energies, sizes
+
+
+def allocated(model, batches, method):
+    """The ranks, and the share of the energy."""
+    found = lora_one.allocate_ranks(
+        model, batches, rank=4, target_modules=TARGETS["llama"], method=method
+    )
+    return found.ranks, found.captured_energy
 
 
 def slow_spectrum():
@@ -245,6 +256,21 @@ def test_ranks_add_up_products_of_wide_layers_and_start_like_one_process(ranks):
             assert energy == pytest.approx(layer.captured_energy, rel=0.02)
         assert max(sizes) == 192 * 768, "only the narrow layer's gradient is sent whole"
         assert sum(sizes) - max(sizes) < 768 * 768 / 2, "half of what each wide layer would be"
+
+
+@pytest.mark.parametrize(
+    ("case", "make", "count", "method"),
+    [
+        ("allocated", tiny_llama, 3, "lora_one"),
+        ("allocated, wide", wide_llama, 2, "lora_ga"),
+        ("allocated, sharded", tiny_llama, 2, "pissa"),
+    ],
+)
+def test_all_ranks_allocate_what_one_process_does(case, make, count, method, ranks):
+    expected, energy = allocated(make(), batches_for(rows=ROWS)[:count], method)
+    assert ranks[0][case] == ranks[1][case]
+    assert ranks[0][case][0] == expected
+    assert ranks[0][case][1] == pytest.approx(energy, rel=0.02)
 
 
 def test_batches_that_one_rank_cannot_use_stop_all_ranks(ranks):

@@ -11,8 +11,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch.nn.functional import cross_entropy
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lora_one.errors import InputError
 from lora_one.evaluation.engines import TransformersEngine
@@ -21,7 +22,7 @@ from lora_one.harness.models import base_dtype, has_bf16
 from lora_one.harness.published import translate
 from lora_one.reports.records import find_runs
 from lora_one.reports.table import summarise
-from lora_one.tasks import Task
+from lora_one.tasks import Task, create_task
 from lora_one.tasks.arithmetic import Arithmetic
 from lora_one.tasks.registry import TASKS
 
@@ -551,3 +552,58 @@ def test_two_ranks_score_every_row_once(llama_folder, rows_folder, tmp_path, att
 
 def _fingerprint(folder: Path) -> str:
     return json.loads((folder / "run.json").read_text())["evaluation"]["fingerprint"]
+
+
+def test_the_loss_of_the_test_rows_is_that_of_the_exported_adapter_on_their_targets(
+    small, run, llama_folder, rows_folder
+):
+    config = small("evaluation.metric=loss", "init=lora_one")
+    record = run(config)
+    assert record["primary_metric"] == "test_loss"
+    folder = Path(config.output_dir) / record["run_id"]
+    assert not (folder / "predictions.jsonl").exists()
+
+    tokenizer = AutoTokenizer.from_pretrained(llama_folder)
+    base = AutoModelForCausalLM.from_pretrained(llama_folder, dtype=torch.float32)
+    model = PeftModel.from_pretrained(base, folder / "adapter").eval()
+    total, tokens = 0.0, 0
+    for example in create_task("arithmetic", path=str(rows_folder)).load("test"):
+        prompt = tokenizer(example.prompt)["input_ids"]
+        target = tokenizer(example.target, add_special_tokens=False)["input_ids"]
+        target.append(tokenizer.eos_token_id)
+        with torch.no_grad():
+            logits = model(torch.tensor([prompt + target])).logits[0, len(prompt) - 1 : -1]
+        total += float(cross_entropy(logits, torch.tensor(target), reduction="sum"))
+        tokens += len(target)
+    assert record["metrics"]["test_loss"] == pytest.approx(total / tokens, rel=1e-4)
+    assert record["metrics"]["n"] == 6
+
+
+def test_a_run_for_its_validation_loss_asks_no_test_row(small, run):
+    config = small("evaluation.metric=validation_loss", "init=lora")
+    record = run(config)
+    assert record["primary_metric"] == "validation_loss"
+    assert record["metrics"] == {"validation_loss": record["losses"]["validation"], "n": 8}
+    assert not (Path(config.output_dir) / record["run_id"] / "predictions.jsonl").exists()
+
+
+def test_the_way_of_measuring_makes_another_run_and_its_default_the_same_as_before(small):
+    plain, named = small("init=lora"), small("init=lora", "evaluation.metric=task")
+    assert run_id(plain) == run_id(named)
+    assert run_id(plain) != run_id(small("init=lora", "evaluation.metric=loss"))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["evaluation.metric=loss", "evaluation.generate_only=true"], "makes none"),
+        (
+            ["evaluation.metric=validation_loss", "train=none", "init=lora"],
+            "needs validation rows",
+        ),
+        (["evaluation.metric=accuracy"], "evaluation.metric"),
+    ],
+)
+def test_a_way_of_measuring_that_cannot_be_is_refused(compose, overrides, said):
+    with pytest.raises(InputError, match=said):
+        compose(*overrides)

@@ -53,6 +53,7 @@ VARIANTS = {
     "dora and pissa": ["peft=dora", "init=pissa"],
     "full fine-tuning": ["peft=full_ft", "init=lora"],
     "adalora": ["peft=adalora", "init=lora"],
+    "ranks by energy": ["init.rank_allocation=energy", "init=lora_ga", "optimizer=lorafa"],
     "lorafa": ["optimizer=lorafa", "init=lora"],
     "bfloat16 and loraplus": ["model.bf16=true", "init.dtype=bf16", "optimizer=loraplus"],
 }

@@ -130,3 +130,71 @@ def test_a_metric_that_is_missing_is_not_judged(tmp_path, write_run):
     write_run(tmp_path, "b", method="pissa", record={"metrics": {"n": 3}})
     rows, _ = rows_of(tmp_path)
     assert rows["pissa · adamw"].verdict == "not judged: accuracy is missing"
+
+
+def trial(write_run, folder, name, **facts):
+    """A run that asked no test row."""
+    settings = {"evaluation.metric": "validation_loss"} | facts.pop("settings", {})
+    record = {"primary_metric": "validation_loss", "metrics": {"n": 50}}
+    write_run(folder, name, settings=settings, record=record, **facts)
+
+
+def test_trials_choose_and_final_runs_on_other_seeds_are_judged(tmp_path, write_run):
+    for index, (rate, loss) in enumerate(((1e-3, 0.9), (2e-3, 0.5), (4e-3, 0.7))):
+        trial(write_run, tmp_path, f"t{index}", rate=rate, loss=loss, seconds=10.0)
+        trial(write_run, tmp_path, f"p{index}", method="pissa", rate=rate, loss=loss, seconds=10.0)
+    for seed, score in ((1, 0.50), (2, 0.52), (3, 0.54)):
+        final = {"settings": {"evaluation.metric": "task"}, "seed": seed, "rate": 2e-3}
+        write_run(tmp_path, f"f{seed}", score=score, loss=0.6, seconds=10.0, **final)
+        write_run(tmp_path, f"g{seed}", method="pissa", score=score + 0.1, seconds=10.0, **final)
+    rows, block = rows_of(tmp_path)
+    assert block.metric == "accuracy" and block.warnings == ()
+    arm = rows["lora · adamw"].arm
+    assert [group.learning_rate for group in arm.tried] == [1e-3, 2e-3, 4e-3]
+    assert arm.chosen.values("accuracy") == [0.50, 0.52, 0.54]
+    assert arm.grid["model.learning_rate"] == [1e-3, 2e-3, 4e-3] and arm.at_edge == ()
+    assert arm.chosen_by == "validation loss"
+    assert arm.seconds == 6 * (10.0 + 2.0)  # tuning included
+    assert rows["lora · adamw"].difference.n == 3
+    assert rows["lora · adamw"].difference.mean == pytest.approx(-0.1)
+    assert rows["lora · adamw"].verdict == "worse"
+
+
+def test_an_arm_whose_final_runs_are_missing_is_not_judged(tmp_path, write_run):
+    trial(write_run, tmp_path, "t0", rate=1e-3, loss=0.9)
+    trial(write_run, tmp_path, "t1", rate=2e-3, loss=0.5)
+    write_run(tmp_path, "f", method="pissa", settings={"evaluation.metric": "task"})
+    rows, _ = rows_of(tmp_path)
+    assert rows["lora · adamw"].verdict == "not judged: accuracy is missing"
+
+
+def test_trials_alone_are_compared_by_their_validation_loss(tmp_path, write_run):
+    trial(write_run, tmp_path, "t0", rate=1e-3, loss=0.9)
+    trial(write_run, tmp_path, "t1", method="pissa", rate=2e-3, loss=0.5)
+    rows, block = rows_of(tmp_path)
+    assert block.metric == "validation_loss" and not block.higher_is_better
+    assert set(rows) == {"lora · adamw", "pissa · adamw"}
+
+
+def test_an_arm_says_only_what_tells_it_from_others(tmp_path, write_run):
+    for name, method, rslora in (
+        ("a", "lora", False),
+        ("b", "lora", True),
+        ("c", "pissa", True),
+        ("d", "lora_one", True),
+    ):
+        write_run(tmp_path, name, method=method, settings={"peft.use_rslora": rslora})
+    rows, _ = rows_of(tmp_path)
+    assert set(rows) == {
+        "lora · adamw · use_rslora=False",
+        "lora · adamw · use_rslora=True",
+        "pissa · adamw",
+        "lora_one · adamw",
+    }
+
+
+def test_a_setting_that_most_do_not_share_is_said_by_all(tmp_path, write_run):
+    write_run(tmp_path, "a", method="lora", settings={"peft.lora_r": 16})
+    write_run(tmp_path, "b", method="pissa", settings={"peft.lora_r": 8})
+    rows, _ = rows_of(tmp_path)
+    assert set(rows) == {"lora · adamw · lora_r=16", "pissa · adamw · lora_r=8"}

@@ -57,13 +57,14 @@ class Order:
     output_dir: Path
 
 
-def submit(points: Sequence[Point], program: str, multirun: bool) -> int:
+def submit(points: Sequence[Point], program: str, multirun: bool, *, table: bool = True) -> int:
     """Submit the unfinished points, wait for them unless told otherwise, and show the table.
 
     Args:
         points: What was asked for.
         program: The script that runs one point.
         multirun: Whether they are the points of a sweep, be it one.
+        table: Whether to show the table of the runs at the end.
 
     Returns:
         0 if every point is finished (or submitted), else as ``watch`` says.
@@ -106,7 +107,8 @@ def submit(points: Sequence[Point], program: str, multirun: bool) -> int:
         except (KeyboardInterrupt, PreemptedError):
             say("the jobs go on; the same command waits for them again")
             raise
-    files.show_table()
+    if table:
+        files.show_table()
     return status
 
 
