@@ -1,4 +1,4 @@
-"""QLoRA with LoRA-One: a 4-bit base, whose gradient is taken without dequantising the model.
+"""QLoRA with LoRA-One: a 4-bit base, through which the gradient of the start is taken.
 
     python examples/qlora.py
     python examples/qlora.py --model path/to/folder --lr 2e-4 --output path/to/result

@@ -71,7 +71,8 @@ def completions(batch: dict[str, Tensor], half: int) -> dict[str, Tensor]:
 
 def likelihood_gradients(batches: list[dict[str, Tensor]]) -> dict[str, Tensor]:
     """Return the gradients of NLL, the negative log-likelihood summed over all tokens."""
-    tokens = sum(int((batch["labels"][:, 1:] != -100).sum()) for batch in batches)
+    tokens = sum((batch["labels"][:, 1:] != -100).sum() for batch in batches)
+    tokens = trainer.accelerator.reduce(tokens).item()  # of all processes
     means = lora_one.estimate_gradients(model, batches, device="cpu")
     return {name: tokens * mean for name, mean in means.items()}
 
