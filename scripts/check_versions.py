@@ -4,8 +4,8 @@
     python scripts/check_versions.py newest
     python scripts/check_versions.py lowest tests/core    # arguments for pytest
 
-Each choice has an environment in ``build/versions``, made or brought up to date first, which needs
-a network: torch's builds from the package index are several gigabytes with what they pull in.
+Each choice, and each Python that runs this, has an environment in ``build/versions``, made or
+brought up to date first. That needs a network; torch's default builds bring several gigabytes.
 """
 
 import argparse
@@ -32,8 +32,10 @@ def main() -> int:
     wanted = declared(ROOT / "pyproject.toml")
     if options.versions == "lowest":
         wanted = [lowest(requirement) for requirement in wanted]
-    folder = ROOT / "build" / "versions" / options.versions
-    venv.create(folder, with_pip=True)
+    name = f"{options.versions}-python{sys.version_info.major}.{sys.version_info.minor}"
+    folder = ROOT / "build" / "versions" / name
+    if not folder.exists():
+        venv.create(folder, with_pip=True, symlinks=True)
     python = str(folder / "bin" / "python")
     install = [python, "-m", "pip", "install", "--quiet", "--upgrade", *TOOLS, *wanted]
     subprocess.run(install, check=True)

@@ -105,6 +105,9 @@ def allocate_ranks(
         strategy: how several micro-batches are run, see ``lora_one.gradients.plan``.
         memory_budget: bytes of gradients that may wait for later micro-batches.
 
+    Returns:
+        The ranks, and what they gain over equal ones.
+
     Raises:
         InputError: for a model with adapters, a rank that a layer cannot have, missing batches.
         NonFiniteError: for a loss or gradient that is not finite, naming the layer.
@@ -173,7 +176,16 @@ def alpha_pattern(
 
     So ``s = alpha_l / sqrt(r_l)`` (or ``alpha_l / r_l``) is that of the uniform rank in every
     layer, to rounding, and ranks are all that differs from a uniform adapter. It also makes
-    loaders right that read ``lora_alpha`` and ``r`` alone. Layers of rank r are left out.
+    loaders right that read ``lora_alpha`` and ``r`` alone.
+
+    Args:
+        ranks: layer name -> rank, as ``allocate_ranks`` finds them.
+        r: the uniform rank.
+        lora_alpha: alpha at rank r.
+        use_rslora: whether ``s = alpha / sqrt(r)``.
+
+    Returns:
+        Layer name -> alpha, for ``LoraConfig(alpha_pattern=...)``; layers of rank r are left out.
     """
     power = 0.5 if use_rslora else 1.0
     return {name: lora_alpha * (own / r) ** power for name, own in ranks.items() if own != r}

@@ -116,6 +116,13 @@ def test_the_workflow_runs_what_ci_runs():
     assert commands[-1] == ci[-1] == "make test"
 
 
-def test_the_workflow_uses_the_lowest_python_that_is_promised():
-    versions = read(".github/workflows/test.yml")["jobs"]["test"]["strategy"]["matrix"]["python"]
-    assert f">={versions[0]}" == PROJECT["requires-python"]
+def test_ci_uses_the_lowest_python_and_the_check_of_versions_each_that_is_claimed():
+    steps = read(".github/workflows/test.yml")["jobs"]["test"]["steps"]
+    (lowest,) = (step["with"]["python-version"] for step in steps if "with" in step)
+    assert f">={lowest}" == PROJECT["requires-python"]
+    jobs = read(".github/workflows/versions.yml")["jobs"]["versions"]["strategy"]["matrix"][
+        "include"
+    ]
+    label = "Programming Language :: Python :: 3."
+    claimed = {c.split(" :: ")[-1] for c in PROJECT["classifiers"] if c.startswith(label)}
+    assert {job["python"] for job in jobs} == claimed
