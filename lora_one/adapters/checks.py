@@ -11,7 +11,7 @@ from lora_one.adapters.stored import changes_base
 from lora_one.adapters.write import Options, initial_state, initial_states
 from lora_one.errors import InputError
 from lora_one.layers import AdaptedLayer, is_out_of_reach, is_quantised
-from lora_one.numerics.factors import METHODS
+from lora_one.numerics.methods import METHODS
 from lora_one.sharding import is_cut, own_part, reshard
 
 

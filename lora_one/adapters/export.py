@@ -30,7 +30,7 @@ from lora_one.adapters.stored import ORIGIN, check_replaceable, write_folder
 from lora_one.adapters.write import initial_state
 from lora_one.errors import InputError
 from lora_one.layers import base_name, check_adapter, is_linear
-from lora_one.numerics.factors import METHODS
+from lora_one.numerics.methods import METHODS
 from lora_one.numerics.products import truncated_factors
 
 _PLAIN = {

@@ -13,7 +13,7 @@ from lora_one.harness.config import Config
 from lora_one.harness.export import describe_rank
 from lora_one.harness.folder import write_atomically
 from lora_one.harness.models import AUTO_CLASSES, local_folder
-from lora_one.numerics.factors import METHODS
+from lora_one.numerics.methods import METHODS
 from lora_one.snapshots import cached_snapshot
 from lora_one.tasks.registry import TASKS
 

@@ -11,7 +11,7 @@ from huggingface_hub import constants
 import lora_one
 from lora_one.adapters.stored import read_stored
 from lora_one.harness.card import licence, write_card
-from lora_one.numerics.factors import METHODS
+from lora_one.numerics.methods import METHODS
 
 
 def read_card(folder: Path) -> tuple[dict, str]:
