@@ -6,11 +6,23 @@ from dataclasses import dataclass
 from pathlib import Path
 
 # Programs of the system and of SLURM; what they are told is not checked.
-SYSTEM = ("cmp", "git", "pip", "pre-commit", "scontrol", "sleep", "squeue", "tail")
+SYSTEM = [
+    "cmp",
+    "git",
+    "llama-cli",
+    "ls",
+    "pip",
+    "pre-commit",
+    "scontrol",
+    "sleep",
+    "squeue",
+    "tail",
+]
 CHECKED = ("accelerate", "make", "python", "python3", "sbatch", "srun", "torchrun")
 REAL = ("cat",)  # writes the scripts that a page shows
 STUB = """#!/bin/bash
 printf '%s\\0' "$#" "$BLOCK" "${0##*/}" "$@" >> "$CALLS"
+if [ "${0##*/}" = ls ]; then printf '%s\\n' "${@: -1}"; fi
 """
 
 
