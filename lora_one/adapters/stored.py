@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from lora_one.errors import InputError
@@ -233,6 +233,21 @@ def check_replaceable(path: Path) -> None:
         raise InputError(f"{path} exists and holds no adapter; choose another folder.")
 
 
+def _in_order(file: bytes) -> bytes:
+    """Return a safetensors file with its metadata sorted: the same adapter is the same bytes.
+
+    The library writes them in the order of a hash table, which is another one each time. The file
+    is the length of the header (8 bytes, little endian), the header (JSON, padded with spaces to a
+    multiple of 8) and the tensors.
+    """
+    size = int.from_bytes(file[:8], "little")
+    header = json.loads(file[8 : 8 + size])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text = text.ljust(-(-len(text) // 8) * 8)
+    return len(text).to_bytes(8, "little") + text + file[8 + size :]
+
+
 def write_folder(
     path: Path,
     tensors: Mapping[str, Tensor],
@@ -254,7 +269,7 @@ def write_folder(
     temporary.mkdir()
     try:
         copies = {k: v.detach().cpu().clone().contiguous() for k, v in tensors.items()}
-        save_file(copies, temporary / WEIGHTS, metadata=dict(header))
+        (temporary / WEIGHTS).write_bytes(_in_order(save(copies, metadata=dict(header))))
         save_settings(temporary)
         if path.exists():
             path.rename(previous)

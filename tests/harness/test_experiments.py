@@ -467,7 +467,7 @@ def test_the_two_published_pairs_are_two_runs(compose):
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("experiment=lora_one/tabel3", "Did you mean 'lora_one/table3'? Valid: lora_ga/glue, "),
+        ("experiment=lora_one/tabel3", "Did you mean 'lora_one/table3'? Valid: fair/arithmetic, "),
         ("experiment=lora_one", "experiment=lora_one: no such choice."),
         ("smoke=true", "smoke=true: no such choice. Valid: embedded."),
         ("init=True", "init=True: no such choice. Valid: default, gaussian, "),

@@ -165,7 +165,7 @@ def test_the_sync_script_makes_the_same_run_and_may_be_repeated(config):
     for _ in range(2):
         done = sync(folder.parent, "--mode", "offline", "--project", "other")
         assert done.returncode == 0, done.stderr
-        assert f"{folder.name}: finished, 6 lines, run other/{live.id}\n" in done.stdout
+        assert f"{folder.name}: finished, {len(LINES)} lines, run other/{live.id}\n" in done.stdout
         assert done.stderr == ""
         rebuilt = read_run(folder)
         assert plain(rebuilt.history) == plain(live.history) == LINES
@@ -184,9 +184,12 @@ def test_a_broken_folder_does_not_stop_the_sync_of_the_others(config):
         file.write("{\n")
     done = sync(broken.parent, "--mode", "offline")
     assert done.returncode == 1
-    assert f"{broken.name}: failed: {broken}/metrics.jsonl, line 7: not JSON" in done.stderr
+    assert (
+        f"{broken.name}: failed: {broken}/metrics.jsonl, line {len(LINES) + 1}: not JSON"
+        in done.stderr
+    )
     assert "1 of 2 runs could not be copied" in done.stderr
-    assert f"{whole.name}: finished, 6 lines" in done.stdout
+    assert f"{whole.name}: finished, {len(LINES)} lines" in done.stdout
     run = read_run(whole)
     assert (run.id, plain(run.history)) == (wandb_id(whole.name), LINES)
 
@@ -286,7 +289,7 @@ def test_a_server_that_goes_silent_keeps_the_finished_run_for_a_limited_time(
     assert time.monotonic() - start < 15
     assert read(record.folder, "run.json")["status"] == "finished"
     warning = capsys.readouterr().out
-    assert "warning: wandb: up to 6 lines did not reach W&B" in warning
+    assert f"warning: wandb: up to {len(LINES)} lines did not reach W&B" in warning
     assert f"python scripts/wandb_sync.py {record.folder} rebuilds it" in warning
     assert gone(lambda: services_of(tracker.process.pid))
 
