@@ -1,5 +1,6 @@
 """Figures as PNG and SVG files, drawn by matplotlib."""
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,6 +15,8 @@ SIZE = (6.4, 4.0)
 FORMATS = ("png", "svg")
 # Lines of so many points show each of them.
 FEW = 12
+# More names than this go below the axes, two beside each other, each pair in so many inches.
+INSIDE, PAIR = 6, 0.22
 
 
 def write_plots(figures: Sequence[Figure], folder: Path, prefix: str = "") -> list[Path]:
@@ -29,9 +32,21 @@ def write_plots(figures: Sequence[Figure], folder: Path, prefix: str = "") -> li
     written = []
     with mpl.rc_context(matplotlib_settings(LIGHT)):
         for figure in figures:
-            canvas = Canvas(figsize=SIZE, layout="constrained")
+            names = {series.name for series in figure.series if not series.faint}
+            below = len(names) > INSIDE and not figure.rows
+            width, height = SIZE
+            height += PAIR * math.ceil(len(names) / 2) if below else 0
+            canvas = Canvas(figsize=(width, height), layout="constrained")
             FigureCanvasAgg(canvas)
-            _draw(canvas.subplots(), figure)
+            # What comes from run folders may hold a dollar sign, which would start a formula.
+            canvas.suptitle(_plain(figure.title), x=0.01, ha="left", fontweight="bold")
+            axes = canvas.subplots()
+            _draw(axes, figure)
+            labels = axes.get_legend_handles_labels()[1]
+            if below:
+                canvas.legend(loc="outside lower left", ncols=2, frameon=False, fontsize="x-small")
+            elif len(labels) > 1:
+                axes.legend()
             # Laid out once for both formats: it takes half of the time.
             canvas.draw_without_rendering()
             canvas.set_layout_engine("none")
@@ -44,8 +59,6 @@ def write_plots(figures: Sequence[Figure], folder: Path, prefix: str = "") -> li
 
 
 def _draw(axes: "Axes", figure: Figure) -> None:
-    # What comes from run folders may hold a dollar sign, which would start a formula.
-    axes.set_title(_plain(figure.title))
     axes.set_xlabel(_plain(figure.x_label))
     axes.set_ylabel(_plain(figure.y_label))
     if figure.x_log:
@@ -56,9 +69,13 @@ def _draw(axes: "Axes", figure: Figure) -> None:
     optimisers = list(dict.fromkeys(series.optimiser for series in figure.series))
     marker = "o" if all(len(series.x) <= FEW for series in figure.series) else None
     named: set[str] = set()
+    # Of arms that share method and optimiser the first has the method's colour.
+    first: dict[tuple[str, str], str] = {}
     for series in figure.series:
         at = optimisers.index(series.optimiser)
-        colour = LIGHT.palette[colours[series.method]] if series.method else LIGHT.muted
+        is_first = first.setdefault((series.method, series.optimiser), series.name) == series.name
+        has_hue = series.method and is_first
+        colour = LIGHT.palette[colours[series.method]] if has_hue else LIGHT.muted
         label = None if series.name in named or series.faint else _plain(series.name)
         if label is not None:
             named.add(series.name)
@@ -83,8 +100,6 @@ def _draw(axes: "Axes", figure: Figure) -> None:
         axes.axvline(0, color=LIGHT.muted, linewidth=1)
         axes.set_yticks(range(len(figure.rows)), [_plain(row) for row in figure.rows])
         axes.set_ylim(len(figure.rows) - 0.5, -0.5)
-    elif len(named) > 1:
-        axes.legend(ncols=1 if len(named) < 7 else 2)
 
 
 def _draw_line(
