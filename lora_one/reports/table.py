@@ -140,18 +140,18 @@ def _first_line(text: object) -> str:
 
 def render(results: Results) -> None:
     """Print the table of settings to the terminal."""
-    _render(results, left=2, note="not in the table: ")
+    _render(results, note="not in the table: ")
 
 
 def render_comparison(results: Results) -> None:
     """Print the table of a comparison to the terminal."""
-    _render(results, left=2, note="")
+    _render(results, note="")
 
 
-def _render(results: Results, left: int, note: str) -> None:
+def _render(results: Results, note: str) -> None:
     table = Table(box=None, header_style="bold", pad_edge=False)
     for index, column in enumerate(results.columns):
-        table.add_column(column, justify="left" if index < left else "right", no_wrap=True)
+        table.add_column(column, justify="left" if index < 2 else "right", no_wrap=True)
     for index, row in enumerate(results.rows):
         cells = [_marked(cell, results.marks.get((index, at))) for at, cell in enumerate(row)]
         table.add_row(*cells)
