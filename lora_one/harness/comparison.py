@@ -141,6 +141,9 @@ def compare(arms: Sequence[Arm], execute: Execute) -> int:
     ]
     say(f"\nfinal runs: {len(arms)} arms x {len(comparison.seeds)} seeds")
     status = _execute(finals, execute)
+    outcomes = share([_outcome(point) for point in finals])
+    if status == DONE and None in outcomes:
+        return _later("final runs", outcomes)
     trials = [_trial(arm, s) for arm, tried in zip(arms, losses, strict=True) for s in tried]
     if is_main():
         _show([*trials, *finals])
@@ -186,7 +189,7 @@ def _tune(
         status = _execute(list(trials.values()), execute)
         outcomes = share([_outcome(point) for point in trials.values()])
         if None in outcomes:
-            return losses, status or TRY_AGAIN
+            return losses, status or _later("trials", outcomes)
         for (at, setting), loss in zip(trials, outcomes, strict=True):
             losses[at][setting] = loss
         wanted = [
@@ -194,6 +197,12 @@ def _tune(
             for at, one in enumerate(searches)
         ]
     return losses, DONE
+
+
+def _later(what: str, outcomes: Sequence[float | None]) -> int:
+    """Say that runs were handed over and are not waited for, ``launcher.wait=false``."""
+    say(f"{outcomes.count(None)} {what} are under way; the same command goes on when they are done")
+    return TRY_AGAIN
 
 
 def _next(

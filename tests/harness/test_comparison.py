@@ -10,8 +10,10 @@ from pathlib import Path
 import pytest
 
 from lora_one.errors import InputError
+from lora_one.harness.comparison import compare as compare_arms
 from lora_one.harness.comparison import make_arms
 from lora_one.harness.compose import Point, compose_config, composer, expand
+from lora_one.harness.exit_status import DONE, TRY_AGAIN
 from lora_one.reports.comparison import compare
 from lora_one.reports.groups import group_runs
 from lora_one.reports.records import find_runs
@@ -201,3 +203,18 @@ def test_a_dry_run_counts_the_runs_and_writes_nothing(launch, tmp_path):
         shown.stdout
     )
     assert not (tmp_path / "results").exists()
+
+
+def test_what_is_handed_over_and_not_waited_for_is_said_and_is_not_done(tmp_path, capsys):
+    handed_over = []
+
+    def hand_over(points):
+        handed_over.extend(points)
+        return DONE
+
+    with composer(ROOT / "conf"):
+        overrides = (FAIR, "init=lora", *SMALL, f"output_dir={tmp_path}")
+        arms = make_arms([Point(overrides, compose_config(overrides))], multirun=True)
+        assert compare_arms(arms, hand_over) == TRY_AGAIN
+    assert len(handed_over) == 2
+    assert "2 trials are under way; the same command goes on" in capsys.readouterr().out
