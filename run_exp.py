@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_one.harness.cli import launch
-from lora_one.harness.config import Config
+from lora_one.harness.config.schema import Config
 
 CONF = Path(__file__).parent / "conf"
 
@@ -24,9 +24,9 @@ def run(config: Config) -> dict[str, Any]:
     """
     # Imported here, so that --help and a mistyped key are answered before torch is loaded.
     from lora_one.harness import stages
-    from lora_one.harness.preemption import watching
-    from lora_one.harness.ranks import is_main
-    from lora_one.harness.record import RunRecord
+    from lora_one.harness.distributed.ranks import is_main
+    from lora_one.harness.records.record import RunRecord
+    from lora_one.harness.resuming.preemption import watching
 
     record = RunRecord(config, writes=is_main())
     if record.finished:

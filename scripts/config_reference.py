@@ -2,8 +2,9 @@
 
     python scripts/config_reference.py        (or: make docs)
 
-Names, values and meanings are those of ``lora_one/harness/config.py`` and, for the options of one
-benchmark, of its class; defaults are what Hydra composes; the choices of a group are its files.
+Names, values and meanings are those of ``lora_one/harness/config/schema.py`` and, for the options
+of one benchmark, of its class; defaults are what Hydra composes; the choices of a group are its
+files.
 """
 
 import inspect
@@ -19,9 +20,9 @@ from omegaconf import OmegaConf
 from pydantic import TypeAdapter
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from lora_one.harness.compose import composer
-from lora_one.harness.config import GROUPS, Config
-from lora_one.harness.task_options import parameters
+from lora_one.harness.config.compose import composer
+from lora_one.harness.config.schema import GROUPS, Config
+from lora_one.harness.config.task_options import parameters
 from lora_one.tasks.registry import TASKS
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -30,8 +31,8 @@ CONF = ROOT / "conf"
 INTRODUCTION = """\
 # Configuration
 
-Every key, from the schema (`lora_one/harness/config.py`) and the files of `conf/`. `make docs`
-writes this page; change the sources, not the page.
+Every key, from the schema (`lora_one/harness/config/schema.py`) and the files of `conf/`. `make
+docs` writes this page; change the sources, not the page.
 
 `group=choice` takes a file of `conf/<group>/`, `section.key=value` sets one key, and `-m` sweeps
 over `group=a,b` and `key=1,2`. Defaults are those of `python run_exp.py` alone; what a choice sets

@@ -13,7 +13,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from lora_one.harness.cli import launch_together
-from lora_one.harness.config import Config
+from lora_one.harness.config.schema import Config
 
 CONF = Path(__file__).resolve().parent.parent / "conf"
 
@@ -21,7 +21,7 @@ CONF = Path(__file__).resolve().parent.parent / "conf"
 def prepare(configs: list[Config]) -> None:
     """Prepare for these runs."""
     # Imported here, so that a mistyped key is answered before torch is loaded.
-    from lora_one.harness.prepare import prepare_all
+    from lora_one.harness.data.prepare import prepare_all
 
     prepare_all(configs)
 

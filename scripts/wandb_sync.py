@@ -21,9 +21,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from pydantic import ValidationError
 
 from lora_one.errors import InputError
-from lora_one.harness.config import WandbConfig
+from lora_one.harness.config.schema import WandbConfig
 from lora_one.harness.exit_status import BAD_INPUT, DONE, FAILED
-from lora_one.harness.mirror import Mirror, brief, choose_mode, read_settings
+from lora_one.harness.tracking.mirror import Mirror, brief, choose_mode, read_settings
 
 
 def find_folders(path: Path) -> list[Path]:

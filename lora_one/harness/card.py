@@ -9,10 +9,10 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from lora_one.harness.config import Config
+from lora_one.harness.config.schema import Config
 from lora_one.harness.export import describe_rank
-from lora_one.harness.folder import write_atomically
-from lora_one.harness.models import AUTO_CLASSES, local_folder
+from lora_one.harness.models.base import AUTO_CLASSES, local_folder
+from lora_one.harness.records.folder import write_atomically
 from lora_one.numerics.methods import METHODS
 from lora_one.snapshots import cached_snapshot
 from lora_one.tasks.registry import TASKS

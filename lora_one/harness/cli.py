@@ -23,16 +23,17 @@ from lora_one.errors import (
     RunHeldError,
     StorageError,
 )
-from lora_one.harness import preemption, sweep
-from lora_one.harness.comparison import compare, describe, make_arms
-from lora_one.harness.compose import Point, compose_config, composer, expand
-from lora_one.harness.config import Config
+from lora_one.harness.config.compose import Point, compose_config, composer, expand
+from lora_one.harness.config.published import translate
+from lora_one.harness.config.schema import Config
 from lora_one.harness.console import quiet_imports
+from lora_one.harness.distributed.peers import agree, together
+from lora_one.harness.distributed.ranks import identify, is_main
 from lora_one.harness.exit_status import BAD_INPUT, DONE, FAILED, INTERRUPTED, TRY_AGAIN
-from lora_one.harness.peers import agree, together
-from lora_one.harness.published import translate
-from lora_one.harness.ranks import identify, is_main
-from lora_one.harness.time_limit import requeueing
+from lora_one.harness.resuming import preemption
+from lora_one.harness.resuming.time_limit import requeueing
+from lora_one.harness.sweeps import sweep
+from lora_one.harness.sweeps.comparison import compare, describe, make_arms
 
 Run = Callable[[Config], Any]
 RunTogether = Callable[[list[Config]], Any]

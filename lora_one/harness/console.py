@@ -6,7 +6,7 @@ import warnings
 
 from rich.console import Console
 
-from lora_one.harness.ranks import is_main
+from lora_one.harness.distributed.ranks import is_main
 
 
 def say(text: str) -> None:

@@ -11,15 +11,15 @@ from rich.table import Table
 
 from lora_one.adapters.allocation import LARGEST
 from lora_one.errors import InputError
-from lora_one.harness.config import Config
+from lora_one.harness.config.schema import Config
 from lora_one.harness.console import make_console, quiet_libraries
-from lora_one.harness.data import make_task, require_consent
-from lora_one.harness.diagnostics import choose_layers
-from lora_one.harness.folder import read_record, run_id
-from lora_one.harness.models import Base, find_base, skeleton
+from lora_one.harness.data.rows import make_task, require_consent
+from lora_one.harness.distributed.ranks import is_main
+from lora_one.harness.models.base import Base, find_base, skeleton
 from lora_one.harness.plan import make_plan, plan_adapter
-from lora_one.harness.ranks import is_main
-from lora_one.harness.training import plan_steps
+from lora_one.harness.records.folder import read_record, run_id
+from lora_one.harness.training.diagnostics import choose_layers
+from lora_one.harness.training.loop import plan_steps
 from lora_one.tasks import Origin
 from lora_one.tasks.registry import TASKS
 

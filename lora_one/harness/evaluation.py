@@ -36,17 +36,17 @@ from lora_one.evaluation.journal import Journal, recover
 from lora_one.evaluation.loss import mean_token_loss
 from lora_one.evaluation.sampling import Sampling
 from lora_one.evaluation.vllm_engine import VllmEngine, require_vllm
-from lora_one.harness.config import Config
+from lora_one.harness.config.schema import Config
 from lora_one.harness.console import say, show_progress
-from lora_one.harness.data import batches_of
-from lora_one.harness.fsdp import own_pace
-from lora_one.harness.models import Base, base_dtype
-from lora_one.harness.ranks import is_main, rank, world_size
+from lora_one.harness.data.rows import batches_of
+from lora_one.harness.distributed.fsdp import own_pace
+from lora_one.harness.distributed.ranks import is_main, rank, world_size
+from lora_one.harness.models.base import Base, base_dtype
 from lora_one.tasks import Task
 from lora_one.tasks.encoding import encode
 
 if TYPE_CHECKING:
-    from lora_one.harness.data import Data
+    from lora_one.harness.data.rows import Data
     from lora_one.harness.plan import Plan
 
 

@@ -10,10 +10,10 @@ from torch import nn
 from transformers import PreTrainedModel
 
 import lora_one
-from lora_one.harness.config import Config
-from lora_one.harness.data import Batch
-from lora_one.harness.folder import publish
-from lora_one.harness.models import Base, base_dtype, load_base
+from lora_one.harness.config.schema import Config
+from lora_one.harness.data.rows import Batch
+from lora_one.harness.models.base import Base, base_dtype, load_base
+from lora_one.harness.records.folder import publish
 
 # Above this size a second copy of the base model is not loaded only to check an export.
 LARGEST_CHECKED_BASE = 2_000_000_000

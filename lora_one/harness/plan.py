@@ -9,13 +9,13 @@ from transformers import PreTrainedTokenizerBase
 
 from lora_one.errors import InputError
 from lora_one.evaluation.evaluate import plan_jobs
-from lora_one.harness.config import Config
+from lora_one.harness.config.given_adapter import WEIGHTS, GivenAdapter, read_adapter
+from lora_one.harness.config.schema import Config
 from lora_one.harness.console import quiet_libraries
-from lora_one.harness.data import Batch, Data, init_batches, load_data
-from lora_one.harness.diagnostics import choose_layers, reference_batches
+from lora_one.harness.data.rows import Batch, Data, init_batches, load_data
+from lora_one.harness.distributed.parallelism import require_launcher, require_whole_weights
 from lora_one.harness.evaluation import check_engine
-from lora_one.harness.given_adapter import WEIGHTS, GivenAdapter, read_adapter
-from lora_one.harness.models import (
+from lora_one.harness.models.base import (
     TASK_TYPES,
     Base,
     adapter_config,
@@ -25,8 +25,8 @@ from lora_one.harness.models import (
     skeleton,
     target_shapes,
 )
-from lora_one.harness.parallelism import require_launcher, require_whole_weights
-from lora_one.harness.training import Schedule, plan_steps
+from lora_one.harness.training.diagnostics import choose_layers, reference_batches
+from lora_one.harness.training.loop import Schedule, plan_steps
 from lora_one.tasks.encoding import Collator, padding_id
 from lora_one.tasks.registry import TASKS
 

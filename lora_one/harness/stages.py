@@ -15,33 +15,36 @@ from lora_one.diagnostics import gradient_spaces
 from lora_one.errors import NonFiniteError
 from lora_one.evaluation.journal import FINAL, discard
 from lora_one.evaluation.loss import mean_token_loss
-from lora_one.harness import diagnostics, evaluation, fsdp, initialization, resume, training
+from lora_one.harness import evaluation
 from lora_one.harness import export as exporting
 from lora_one.harness import plan as planning
 from lora_one.harness.card import write_card
-from lora_one.harness.checkpoint import Checkpoint
-from lora_one.harness.config import Config
+from lora_one.harness.config.schema import Config
 from lora_one.harness.console import say
-from lora_one.harness.data import Batch, batches_of, remarks, sandbox_remark
-from lora_one.harness.devices import device, require_devices
-from lora_one.harness.diagnosis import NOTHING_FOUND, locate
-from lora_one.harness.diagnostics import Observer, Spaces, measurement
-from lora_one.harness.folder import other_diagnostics
-from lora_one.harness.init_table import show_layers
-from lora_one.harness.models import (
+from lora_one.harness.data.rows import Batch, batches_of, remarks, sandbox_remark
+from lora_one.harness.distributed import fsdp
+from lora_one.harness.distributed.devices import device, require_devices
+from lora_one.harness.distributed.peers import agree
+from lora_one.harness.distributed.ranks import connect, is_main, rank, world_size
+from lora_one.harness.models.base import (
     base_dtype,
     has_bf16,
     load_base,
     trained_in_full,
     weights_fingerprint,
 )
-from lora_one.harness.peers import agree
 from lora_one.harness.plan import Plan
-from lora_one.harness.provenance import provenance
-from lora_one.harness.ranks import connect, is_main, rank, world_size
-from lora_one.harness.record import RunRecord
-from lora_one.harness.resumable import Fill
-from lora_one.harness.tracking import Tracker, start_tracking
+from lora_one.harness.records.folder import other_diagnostics
+from lora_one.harness.records.provenance import provenance
+from lora_one.harness.records.record import RunRecord
+from lora_one.harness.resuming import resume
+from lora_one.harness.resuming.checkpoint import Checkpoint
+from lora_one.harness.resuming.resumable import Fill
+from lora_one.harness.tracking.tracker import Tracker, start_tracking
+from lora_one.harness.training import diagnostics, initialization, loop
+from lora_one.harness.training.diagnosis import NOTHING_FOUND, locate
+from lora_one.harness.training.diagnostics import Observer, Spaces, measurement
+from lora_one.harness.training.init_table import show_layers
 
 # Metrics that are different every time.
 TIMES = ("seconds", "answers_per_second")
@@ -241,7 +244,7 @@ def train(
 
         record.keep(step, fill_and_identify)
 
-    facts = training.train(
+    facts = loop.train(
         config,
         model,
         plan.data.train,

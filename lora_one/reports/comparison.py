@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from lora_one.harness.tuning import TUNED
+from lora_one.harness.sweeps.tuning import TUNED
 from lora_one.reports.groups import (
     FOLLOWS_METHOD,
     FOLLOWS_OPTIMISER,

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from lora_one.harness.config import GRADIENT_METHODS
+from lora_one.harness.config.schema import GRADIENT_METHODS
 from lora_one.reports.comparison import LEARNING_RATE, Arm, Block, mean_of
 from lora_one.reports.groups import Group
 from lora_one.reports.records import Run

@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from lora_one.harness.folder import NEUTRAL, NOT_PART_OF_THE_RUN, without
+from lora_one.harness.records.folder import NEUTRAL, NOT_PART_OF_THE_RUN, without
 
 RUN_FILES = ("run.json", "config.yaml", "metrics.jsonl")
 STATUSES = ("running", "finished", "failed", "preempted")

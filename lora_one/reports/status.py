@@ -2,7 +2,7 @@
 
 It reads files and decides nothing: a run that looks ``stale`` here is one whose process gives no
 sign of life, by the clock of this machine and the times of the files. Whoever takes such a run
-over judges by its own clock alone (``lora_one.harness.lease``).
+over judges by its own clock alone (``lora_one.harness.records.lease``).
 """
 
 import json
@@ -16,7 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from lora_one.harness.console import make_console
-from lora_one.harness.lease import Sight, lease_folder, look
+from lora_one.harness.records.lease import Sight, lease_folder, look
 
 STATES = ("done", "running", "stale", "preempted", "failed", "unreadable", "to go")
 # A reason and a step are near the end of files that can be long.

@@ -25,8 +25,8 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 
 import lora_one
 from lora_one.harness.cli import HYDRA_FLAGS, SWEEP_FLAGS
-from lora_one.harness.compose import compose_config, composer
-from lora_one.harness.published import translate
+from lora_one.harness.config.compose import compose_config, composer
+from lora_one.harness.config.published import translate
 
 from .pages import ROOT, blocks, name_of, pages
 from .shell import SYSTEM, Shell

@@ -7,8 +7,8 @@ from functools import cache
 
 import pytest
 
-from lora_one.harness.compose import compose_config, composer
-from lora_one.harness.config import GROUPS
+from lora_one.harness.config.compose import compose_config, composer
+from lora_one.harness.config.schema import GROUPS
 
 from .pages import ROOT
 

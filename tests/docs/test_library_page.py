@@ -6,7 +6,7 @@ import re
 import pytest
 
 import lora_one
-from lora_one.harness.config import Config
+from lora_one.harness.config.schema import Config
 from lora_one.numerics.methods import METHODS
 
 from .pages import ROOT, name_of, pages

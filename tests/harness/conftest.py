@@ -15,9 +15,9 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from lora_one.harness.compose import compose_config, composer
-from lora_one.harness.config import Config
-from lora_one.harness.published import translate
+from lora_one.harness.config.compose import compose_config, composer
+from lora_one.harness.config.published import translate
+from lora_one.harness.config.schema import Config
 
 from .forks import Forks
 

@@ -12,9 +12,10 @@ import torch
 import torch.distributed as dist
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from lora_one.harness import fsdp, stages
-from lora_one.harness.compose import compose_config, composer
-from lora_one.harness.peers import together
+from lora_one.harness import stages
+from lora_one.harness.config.compose import compose_config, composer
+from lora_one.harness.distributed import fsdp
+from lora_one.harness.distributed.peers import together
 from lora_one.sharding import is_cut, own_part
 from run_exp import CONF, run
 

@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 
 from lora_one.errors import RunHeldError
-from lora_one.harness.lease import Watch, acquire, claim
+from lora_one.harness.records.lease import Watch, acquire, claim
 
 
 def race(folder: Path, when: float, count: int) -> None:

@@ -16,10 +16,10 @@ from omegaconf import OmegaConf
 
 from lora_one.errors import PreemptedError
 from lora_one.harness.cli import launch
-from lora_one.harness.config import Config
-from lora_one.harness.folder import run_id, write_atomically
-from lora_one.harness.lease import TOKEN_VARIABLE, Lease, acquire, lease_folder
-from lora_one.harness.sweep import SWEEP_VARIABLE
+from lora_one.harness.config.schema import Config
+from lora_one.harness.records.folder import run_id, write_atomically
+from lora_one.harness.records.lease import TOKEN_VARIABLE, Lease, acquire, lease_folder
+from lora_one.harness.sweeps.sweep import SWEEP_VARIABLE
 
 ROOT = Path(__file__).parents[2]
 TOLD = Path(os.environ["LIGHT_RUNS"])

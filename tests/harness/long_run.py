@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from lora_one.harness.folder import run_id
+from lora_one.harness.records.folder import run_id
 
 # Two epochs of five steps of two micro-batches, the last of an epoch shorter. Losses are logged
 # every three steps and validated every two or three, so that no checkpoint meets all borders.

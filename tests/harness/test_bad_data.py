@@ -72,7 +72,7 @@ def test_targets_that_are_not_linear_or_no_expression(small, run):
 
 
 def test_more_ranks_than_micro_batches(small, run, monkeypatch):
-    monkeypatch.setattr("lora_one.harness.data.world_size", lambda: 2)
+    monkeypatch.setattr("lora_one.harness.data.rows.world_size", lambda: 2)
     with pytest.raises(InputError, match=r"init\.iters=1 micro-batches cannot be shared by 2"):
         run(small("init.iters=1", "model.per_device_batch_size=4"))
 

@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 
 from lora_one.errors import InputError
-from lora_one.harness.comparison import compare as compare_arms
-from lora_one.harness.comparison import make_arms
-from lora_one.harness.compose import Point, compose_config, composer, expand
+from lora_one.harness.config.compose import Point, compose_config, composer, expand
 from lora_one.harness.exit_status import DONE, TRY_AGAIN
+from lora_one.harness.sweeps.comparison import compare as compare_arms
+from lora_one.harness.sweeps.comparison import make_arms
 from lora_one.reports.comparison import compare
 from lora_one.reports.groups import group_runs
 from lora_one.reports.records import find_runs

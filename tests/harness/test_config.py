@@ -7,9 +7,9 @@ import pytest
 from omegaconf import OmegaConf
 
 from lora_one.errors import InputError
-from lora_one.harness.config import DIRECTIONS, GROUPS, Config, DatasetConfig
-from lora_one.harness.folder import run_id
-from lora_one.harness.task_options import parameters
+from lora_one.harness.config.schema import DIRECTIONS, GROUPS, Config, DatasetConfig
+from lora_one.harness.config.task_options import parameters
+from lora_one.harness.records.folder import run_id
 from lora_one.tasks.registry import TASKS
 
 CONF = Path(__file__).parents[2] / "conf"

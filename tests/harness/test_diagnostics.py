@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from lora_one.errors import InputError
-from lora_one.harness.diagnostics import choose_layers
 from lora_one.harness.dry_run import show_plan
-from lora_one.harness.folder import run_id
+from lora_one.harness.records.folder import run_id
+from lora_one.harness.training.diagnostics import choose_layers
 from lora_one.reports.records import find_runs
 from lora_one.reports.traces import read_trace
 

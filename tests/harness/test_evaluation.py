@@ -17,9 +17,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lora_one.errors import InputError
 from lora_one.evaluation.engines import TransformersEngine
-from lora_one.harness.folder import run_id
-from lora_one.harness.models import base_dtype, has_bf16
-from lora_one.harness.published import translate
+from lora_one.harness.config.published import translate
+from lora_one.harness.models.base import base_dtype, has_bf16
+from lora_one.harness.records.folder import run_id
 from lora_one.reports.records import find_runs
 from lora_one.reports.table import summarise
 from lora_one.tasks import Task, create_task

@@ -15,10 +15,10 @@ from omegaconf import OmegaConf
 
 from lora_one.errors import InputError
 from lora_one.harness.cli import prepare_command
-from lora_one.harness.compose import composer, expand
-from lora_one.harness.config import Config, DatasetConfig
+from lora_one.harness.config.compose import composer, expand
+from lora_one.harness.config.schema import Config, DatasetConfig
 from lora_one.harness.dry_run import foresee, show_plan
-from lora_one.harness.folder import run_id
+from lora_one.harness.records.folder import run_id
 from lora_one.reports.published import load, mismatches, numbers
 
 ROOT = Path(__file__).parents[2]

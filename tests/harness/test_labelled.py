@@ -10,7 +10,7 @@ from peft import PeftModel
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from lora_one.errors import InputError
-from lora_one.harness.published import translate
+from lora_one.harness.config.published import translate
 from lora_one.tasks import create_task
 
 DATA = Path(__file__).resolve().parents[3] / "shared" / "data"

@@ -10,13 +10,13 @@ from pathlib import Path
 import pytest
 
 from lora_one.errors import InputError
-from lora_one.harness.compose import Point
+from lora_one.harness.config.compose import Point
 from lora_one.harness.exit_status import BAD_INPUT, DONE, FAILED, TRY_AGAIN
-from lora_one.harness.folder import run_id
+from lora_one.harness.records.folder import run_id
+from lora_one.harness.records.source import commit, take_snapshot
 from lora_one.harness.slurm import queue, watch
 from lora_one.harness.slurm import submit as submission
 from lora_one.harness.slurm.options import as_flags, sbatch_options
-from lora_one.harness.source import commit, take_snapshot
 
 ROOT = Path(__file__).parents[2]
 

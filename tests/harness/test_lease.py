@@ -12,8 +12,16 @@ from pathlib import Path
 import pytest
 
 from lora_one.errors import InputError, RunHeldError
-from lora_one.harness import lease as leases
-from lora_one.harness.lease import EXPIRY_VARIABLE, Holder, Sight, Watch, acquire, claim, look
+from lora_one.harness.records import lease as leases
+from lora_one.harness.records.lease import (
+    EXPIRY_VARIABLE,
+    Holder,
+    Sight,
+    Watch,
+    acquire,
+    claim,
+    look,
+)
 
 PROGRAM = Path(__file__).with_name("lease_process.py")
 SECONDS = 0.6  # expiry in tests: heartbeats every 0.1 s

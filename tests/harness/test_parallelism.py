@@ -15,8 +15,8 @@ import torch
 from safetensors.torch import load_file
 
 from lora_one.errors import InputError
-from lora_one.harness import parallelism
-from lora_one.harness.folder import run_id
+from lora_one.harness.distributed import parallelism
+from lora_one.harness.records.folder import run_id
 
 ROOT = Path(__file__).parents[2]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2"]
@@ -204,7 +204,7 @@ def test_a_launcher_that_shards_by_itself_is_refused(variable, choice, small, ru
 def two_ranks(monkeypatch):
     """Be rank 0 of two, as far as the plan of a run looks."""
     monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setattr("lora_one.harness.peers.world_size", lambda: 1)
+    monkeypatch.setattr("lora_one.harness.distributed.peers.world_size", lambda: 1)
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from lora_one.harness import peers
+from lora_one.harness.distributed import peers
 
 from .launching import finish, srun, start
 
@@ -15,8 +15,8 @@ PRELUDE = """
 import os, signal, sys, time
 from lora_one.errors import InputError, NonFiniteError, PreemptedError
 from lora_one.harness.exit_status import outcome
-from lora_one.harness.peers import agree, gather, on_end, share, together
-from lora_one.harness.ranks import identify, is_main, rank
+from lora_one.harness.distributed.peers import agree, gather, on_end, share, together
+from lora_one.harness.distributed.ranks import identify, is_main, rank
 
 def body():
 """
@@ -253,7 +253,7 @@ def test_strangers_and_taken_ports_do_not_matter(monkeypatch):
     print("met")
     """)
     come_late[1] = (
-        "import time, sys; from lora_one.harness import peers\n"
+        "import time, sys; from lora_one.harness.distributed import peers\n"
         "peers._identity = lambda: 'what the ranks hash below'\n"
         "time.sleep({rank} * 2)\n" + come_late[1]
     )

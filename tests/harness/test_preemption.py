@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 
 from lora_one.errors import PreemptedError
-from lora_one.harness import preemption, time_limit
-from lora_one.harness.config import PreemptionConfig
-from lora_one.harness.preemption import Reason
+from lora_one.harness.config.schema import PreemptionConfig
+from lora_one.harness.resuming import preemption, time_limit
+from lora_one.harness.resuming.preemption import Reason
 
 from .long_run import attempts_of, overrides_of, result_of
 
@@ -94,7 +94,7 @@ def test_a_validation_that_the_stop_left_undone_is_made_up(
         original = preemption.requested
         asked = iter([None, Reason.SIGUSR1])
         monkeypatch.setattr(preemption, "requested", lambda: next(asked, original()))
-        from lora_one.harness.compose import compose_config, composer
+        from lora_one.harness.config.compose import compose_config, composer
 
         with composer(Path(__file__).parents[2] / "conf"):
             config = compose_config(command)

@@ -12,11 +12,11 @@ from huggingface_hub import constants
 
 from lora_one.errors import InputError, NotPreparedError
 from lora_one.harness.cli import prepare_command
+from lora_one.harness.data.prepare import prepare_all
 from lora_one.harness.dry_run import foresee
-from lora_one.harness.model_files import fetch_model, model_is_here
-from lora_one.harness.models import find_base
+from lora_one.harness.models.base import find_base
+from lora_one.harness.models.files import fetch_model, model_is_here
 from lora_one.harness.plan import make_plan
-from lora_one.harness.prepare import prepare_all
 
 ROOT = Path(__file__).parents[2]
 README = """---

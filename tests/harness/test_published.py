@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from lora_one.harness.compose import composer, expand
-from lora_one.harness.published import translate
+from lora_one.harness.config.compose import composer, expand
+from lora_one.harness.config.published import translate
 
 CONF = Path(__file__).parents[2] / "conf"
 

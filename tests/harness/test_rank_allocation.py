@@ -7,7 +7,7 @@ from peft import PeftConfig
 
 from lora_one.errors import InputError
 from lora_one.harness.dry_run import show_plan
-from lora_one.harness.folder import NEUTRAL, run_id
+from lora_one.harness.records.folder import NEUTRAL, run_id
 from lora_one.reports.records import find_runs
 from lora_one.reports.table import summarise
 

@@ -10,9 +10,9 @@ import pytest
 from safetensors.torch import load_file
 
 from lora_one.errors import InputError
-from lora_one.harness.devices import check_devices
-from lora_one.harness.ranks import identify
-from lora_one.harness.slurm_step import expand_counts, expand_hosts
+from lora_one.harness.distributed.devices import check_devices
+from lora_one.harness.distributed.ranks import identify
+from lora_one.harness.distributed.slurm_step import expand_counts, expand_hosts
 
 from .launching import LAUNCHERS, ROOT, srun, step
 
@@ -246,11 +246,11 @@ import os, signal, sys
 sys.path.insert(0, {root!r})
 from lora_one.errors import NonFiniteError
 from lora_one.harness.cli import launch
-from lora_one.harness.ranks import rank
+from lora_one.harness.distributed.ranks import rank
 from run_exp import CONF, run
 
 def spoilt(config):
-    from lora_one.harness.training import GuardedTrainer
+    from lora_one.harness.training.loop import GuardedTrainer
     whole = GuardedTrainer.training_step
 
     def training_step(self, *args, **kwargs):

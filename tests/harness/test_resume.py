@@ -14,9 +14,9 @@ from pathlib import Path
 import pytest
 
 from lora_one.errors import InputError, NonFiniteError
-from lora_one.harness import record as records
-from lora_one.harness import training
-from lora_one.harness.checkpoint import find_fault, newest_valid, write_checkpoint
+from lora_one.harness.records import record as records
+from lora_one.harness.resuming.checkpoint import find_fault, newest_valid, write_checkpoint
+from lora_one.harness.training import loop
 
 from .long_run import TEN_STEPS, attempts_of, folder_of, overrides_of, result_of
 
@@ -282,13 +282,13 @@ def test_what_does_not_belong_to_the_run_is_refused_and_nothing_is_overwritten(
     refuses(config, "was written with base weights sha256:.*, and these are sha256:other")
     monkeypatch.undo()
 
-    monkeypatch.setattr("lora_one.harness.resume.world_size", lambda: 2)
+    monkeypatch.setattr("lora_one.harness.resuming.resume.world_size", lambda: 2)
     refuses(config, "was written by 1 ranks, and these are 2")
 
 
 def test_other_versions_are_a_warning(small, run, stop_after, capsys, monkeypatch):
     config = stopped_run(small, run, stop_after)
-    monkeypatch.setattr("lora_one.harness.resume.version", lambda _: "0.1")
+    monkeypatch.setattr("lora_one.harness.resuming.resume.version", lambda _: "0.1")
     assert run(config)["status"] == "finished"
     said = capsys.readouterr().out
     assert "warning: step-4 was written with torch 2." in said
@@ -299,8 +299,8 @@ def test_a_loss_that_is_no_number_after_a_resume_still_fails_the_run(
     small, run, stop_after, monkeypatch
 ):
     config = stopped_run(small, run, stop_after)
-    loss = training.token_loss_sum
-    monkeypatch.setattr(training, "token_loss_sum", lambda *given: loss(*given) * math.nan)
+    loss = loop.token_loss_sum
+    monkeypatch.setattr(loop, "token_loss_sum", lambda *given: loss(*given) * math.nan)
     for _ in range(2):
         with pytest.raises(NonFiniteError, match=r"step 5: loss nan"):
             run(config)
@@ -313,7 +313,7 @@ def test_attempts_without_progress_end(small, run, monkeypatch):
     def die(*_, **__):
         raise Killed
 
-    monkeypatch.setattr("lora_one.harness.stages.training.train", die)
+    monkeypatch.setattr("lora_one.harness.stages.loop.train", die)
     config = small("preemption.max_attempts=2")
     for _ in range(3):  # the first one got farther than nothing
         with pytest.raises(Killed):

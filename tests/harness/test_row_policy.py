@@ -5,8 +5,8 @@ import json
 import pytest
 
 from lora_one.errors import InputError
+from lora_one.harness.data.splits import take_evenly
 from lora_one.harness.plan import make_plan
-from lora_one.harness.splits import take_evenly
 from lora_one.tasks.base import make_example
 
 LONG = "apples " * 300  # 300 tokens: below model.max_length, beyond the tiny Llama's 256

@@ -16,9 +16,9 @@ from transformers import AutoModelForCausalLM
 
 from lora_one.errors import InputError, NonFiniteError, RunHeldError
 from lora_one.harness import export
-from lora_one.harness.folder import run_id
-from lora_one.harness.lease import acquire, lease_folder, look
-from lora_one.harness.record import RunRecord
+from lora_one.harness.records.folder import run_id
+from lora_one.harness.records.lease import acquire, lease_folder, look
+from lora_one.harness.records.record import RunRecord
 
 ROOT = Path(__file__).parents[2]
 INITS = ["lora", "gaussian", "kaiming", "orthogonal", "pissa", "olora", "lora_ga", "lora_one"]
@@ -96,7 +96,7 @@ def test_an_interrupted_run_says_so(small, run, monkeypatch):
     def interrupt(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("lora_one.harness.stages.training.train", interrupt)
+    monkeypatch.setattr("lora_one.harness.stages.loop.train", interrupt)
     config = small()
     with pytest.raises(KeyboardInterrupt):
         run(config)
@@ -377,7 +377,7 @@ def test_files_are_utf_8_whatever_the_locale_says(tmp_path):
     """A name or a reply may hold any letter, and a batch job often has the C locale."""
     program = (
         "from pathlib import Path\n"
-        "from lora_one.harness.folder import write_atomically\n"
+        "from lora_one.harness.records.folder import write_atomically\n"
         f"write_atomically(Path({str(tmp_path / 'file')!r}), chr(233) + chr(8364))\n"
     )
     plain = {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}

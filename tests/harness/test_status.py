@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from lora_one.harness.lease import Holder, lease_folder
+from lora_one.harness.records.lease import Holder, lease_folder
 from lora_one.reports.__main__ import main
 from lora_one.reports.status import survey
 

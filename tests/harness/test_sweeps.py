@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from lora_one.harness.lease import EXPIRY_VARIABLE, look
+from lora_one.harness.records.lease import EXPIRY_VARIABLE, look
 
 ROOT = Path(__file__).parents[2]
 LIGHT = Path(__file__).with_name("light_run.py")

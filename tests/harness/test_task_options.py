@@ -7,7 +7,7 @@ import pytest
 from pydantic import Field
 
 from lora_one.errors import InputError
-from lora_one.harness import task_options
+from lora_one.harness.config import task_options
 from lora_one.tasks.registry import TASKS
 
 COMMON = {"path": None, "train_rows": None, "test_rows": None, "seed": 3}

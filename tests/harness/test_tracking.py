@@ -14,10 +14,10 @@ from pathlib import Path
 import pytest
 
 from lora_one.harness import stages
-from lora_one.harness.follow import NEWS
-from lora_one.harness.mirror import wandb_id
-from lora_one.harness.record import RunRecord
-from lora_one.harness.tracking import NoTracker, start_tracking
+from lora_one.harness.records.record import RunRecord
+from lora_one.harness.tracking.follow import NEWS
+from lora_one.harness.tracking.mirror import wandb_id
+from lora_one.harness.tracking.tracker import NoTracker, start_tracking
 
 from .wandb_files import read_run
 from .wandb_server import serve
@@ -348,7 +348,7 @@ def test_a_killed_run_leaves_no_process(config, server, tmp_path):
     record.log(step=0)
     program = (
         "import time; from pathlib import Path\n"
-        "from lora_one.harness.tracking import WandbTracker\n"
+        "from lora_one.harness.tracking.tracker import WandbTracker\n"
         f"tracker = WandbTracker(Path({str(record.folder)!r}), 20)\n"
         "print(tracker.process.pid, flush=True); time.sleep(600)"
     )

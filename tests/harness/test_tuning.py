@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from lora_one.harness.tuning import best, search
+from lora_one.harness.sweeps.tuning import best, search
 
 RATES = [1e-3, 3e-3, 9e-3]
 GAMMAS = [16.0, 64.0, 256.0]

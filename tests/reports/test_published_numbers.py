@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from lora_one.errors import InputError
-from lora_one.harness.compose import compose_config, composer
+from lora_one.harness.config.compose import compose_config, composer
 from lora_one.reports.groups import group_runs
 from lora_one.reports.paper import beside, require_table
 from lora_one.reports.published import METHOD, facts_of, load, matching, mismatches, numbers, parse

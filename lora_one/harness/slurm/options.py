@@ -3,7 +3,7 @@
 from typing import Any
 
 from lora_one.errors import InputError
-from lora_one.harness.config import SlurmLauncher
+from lora_one.harness.config.schema import SlurmLauncher
 
 # Options of sbatch that have a key of their own.
 OWN_KEYS = {

@@ -24,17 +24,17 @@ from submitit import SlurmExecutor
 from submitit.core.utils import FailedJobError, FailedSubmissionError, JobPaths
 
 from lora_one.errors import InputError, PreemptedError
-from lora_one.harness.compose import Point
-from lora_one.harness.config import SlurmLauncher
+from lora_one.harness.config.compose import Point
+from lora_one.harness.config.schema import SlurmLauncher
 from lora_one.harness.console import say
+from lora_one.harness.distributed.ranks import world_size
 from lora_one.harness.exit_status import DONE
-from lora_one.harness.folder import finished_record, run_id, write_atomically
-from lora_one.harness.ranks import world_size
+from lora_one.harness.records.folder import finished_record, run_id, write_atomically
+from lora_one.harness.records.source import snapshot_name, take_snapshot
 from lora_one.harness.slurm.options import as_flags, sbatch_options
 from lora_one.harness.slurm.queue import QueueError, ask
 from lora_one.harness.slurm.watch import Task, watch
-from lora_one.harness.source import snapshot_name, take_snapshot
-from lora_one.harness.sweep_files import SweepFiles
+from lora_one.harness.sweeps.files import SweepFiles
 
 # In the folder of a submission: run id -> job, so that the same command finds its jobs again.
 JOBS = "jobs.json"

@@ -9,10 +9,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from lora_one.harness.config import Config
+from lora_one.harness.config.schema import Config
 from lora_one.harness.console import say
 from lora_one.harness.exit_status import BAD_INPUT, DONE, FAILED, TRY_AGAIN
-from lora_one.harness.folder import finished_record, read_record
+from lora_one.harness.records.folder import finished_record, read_record
 from lora_one.harness.slurm.queue import Job, QueueError, ask
 
 SILENCE_S = 900

@@ -1,0 +1,1 @@
+"""Base models: which files, which revision, tokenizer, weights."""

@@ -1,0 +1,1 @@
+"""The run folder and who may write to it: record, attempts, lease, provenance."""

@@ -1,0 +1,1 @@
+"""Stopped and gone on without a trace: checkpoints, preemption, time limits."""

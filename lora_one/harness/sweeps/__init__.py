@@ -1,0 +1,1 @@
+"""Many runs from one command: points, who does which, tuning and fair comparison."""
