@@ -219,7 +219,7 @@ def _source() -> str:
     digest = hashlib.sha256()
     tasks = Path(__file__).parent
     library = tasks.parent
-    choosing = [library / "snapshots.py", library / "harness" / "splits.py"]
+    choosing = [library / "snapshots.py", library / "harness" / "data" / "splits.py"]
     for file in sorted([*tasks.rglob("*.py"), *choosing]):
         digest.update(file.name.encode() + file.read_bytes())
     return digest.hexdigest()
