@@ -8,6 +8,7 @@ import time
 import pytest
 
 from lora_one.harness.distributed import peers
+from lora_one.harness.distributed.peers import meeting
 
 from .launching import finish, srun, start
 
@@ -246,15 +247,15 @@ def test_a_wait_that_is_no_number_is_bad_input():
 def test_strangers_and_taken_ports_do_not_matter(monkeypatch):
     for name, value in (("MASTER_ADDR", "127.0.0.1"), ("MASTER_PORT", "10999")):
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr(peers, "_identity", lambda: "what the ranks hash below")
-    first, second, *_ = peers._ports("peers")
+    monkeypatch.setattr(meeting, "identity", lambda: "what the ranks hash below")
+    first, second, *_ = meeting.ports("peers")
     come_late = script("""
     share(0)
     print("met")
     """)
     come_late[1] = (
-        "import time, sys; from lora_one.harness.distributed import peers\n"
-        "peers._identity = lambda: 'what the ranks hash below'\n"
+        "import time, sys; from lora_one.harness.distributed.peers import meeting\n"
+        "meeting.identity = lambda: 'what the ranks hash below'\n"
         "time.sleep({rank} * 2)\n" + come_late[1]
     )
     with socket.create_server(("127.0.0.1", first)) as taken:
