@@ -12,6 +12,7 @@ from lora_one.reports.comparison import LEARNING_RATE, Arm, Block, mean_of
 from lora_one.reports.groups import Group
 from lora_one.reports.records import Run
 from lora_one.reports.statistics import mean, sd
+from lora_one.reports.style import hues
 from lora_one.reports.traces import Curve, Points, Trace, curve, median_over_layers
 
 BUCKETS = 200
@@ -75,6 +76,11 @@ class Figure:
     y_log: bool = False
     rows: tuple[str, ...] = ()
 
+    @property
+    def hues(self) -> list[str]:
+        """The method whose colour each series has, see ``style.hues``."""
+        return hues([(one.name, one.method, one.optimiser) for one in self.series])
+
 
 @dataclass(frozen=True)
 class Evidence:
@@ -124,7 +130,7 @@ def to_json(figure: Figure) -> dict[str, Any]:
     series = [
         {
             "name": one.name,
-            "method": one.method,
+            "hue": hue,
             "optimiser": one.optimiser,
             "kind": one.kind,
             "faint": one.faint,
@@ -134,7 +140,7 @@ def to_json(figure: Figure) -> dict[str, Any]:
             "high": rounded(one.high),
             "labels": one.labels,
         }
-        for one in figure.series
+        for one, hue in zip(figure.series, figure.hues, strict=True)
     ]
     return {
         "key": figure.key,

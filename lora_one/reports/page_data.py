@@ -9,7 +9,7 @@ from lora_one.reports.groups import Group
 from lora_one.reports.published import Number, as_printed, matching
 from lora_one.reports.records import Run, is_trained
 from lora_one.reports.statistics import RULE, mean, sd
-from lora_one.reports.style import DARK, DASHES, LIGHT, colour_indices
+from lora_one.reports.style import DARK, DASHES, LIGHT, colour_indices, hues
 from lora_one.reports.table import Results
 
 # Names of tuned settings where there is little room.
@@ -105,24 +105,27 @@ def _run_row(run: Run, metrics: Sequence[str]) -> list[Any]:
 
 
 def _block(block: Block, figures: Sequence[Figure], numbers: Sequence[Number]) -> dict[str, Any]:
+    arms = [(row.arm.name, row.arm.chosen.method, row.arm.chosen.optimiser) for row in block.rows]
     return {
         "title": block.title,
         "metric": block.metric,
         "higher": block.higher_is_better,
         "warnings": list(block.warnings),
-        "rows": [_row(row, block, numbers) for row in block.rows],
+        "rows": [
+            _row(row, hue, block, numbers) for row, hue in zip(block.rows, hues(arms), strict=True)
+        ],
         # Differences stand in the comparison itself.
         "figures": [to_json(figure) for figure in figures if not figure.rows],
     }
 
 
-def _row(row: Row, block: Block, numbers: Sequence[Number]) -> dict[str, Any]:
+def _row(row: Row, hue: str, block: Block, numbers: Sequence[Number]) -> dict[str, Any]:
     arm, chosen = row.arm, row.arm.chosen
     values, losses = chosen.values(block.metric), chosen.validation_losses
     difference = row.difference
     return {
         "name": arm.name,
-        "method": chosen.method,
+        "hue": hue,
         "optimiser": chosen.optimiser,
         "lr": chosen.learning_rate,
         "chosen": chosen_words(arm),

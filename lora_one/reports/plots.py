@@ -69,13 +69,9 @@ def _draw(axes: "Axes", figure: Figure) -> None:
     optimisers = list(dict.fromkeys(series.optimiser for series in figure.series))
     marker = "o" if all(len(series.x) <= FEW for series in figure.series) else None
     named: set[str] = set()
-    # Of arms that share method and optimiser the first has the method's colour.
-    first: dict[tuple[str, str], str] = {}
-    for series in figure.series:
+    for series, hue in zip(figure.series, figure.hues, strict=True):
         at = optimisers.index(series.optimiser)
-        is_first = first.setdefault((series.method, series.optimiser), series.name) == series.name
-        has_hue = series.method and is_first
-        colour = LIGHT.palette[colours[series.method]] if has_hue else LIGHT.muted
+        colour = LIGHT.palette[colours[hue]] if hue else LIGHT.muted
         label = None if series.name in named or series.faint else _plain(series.name)
         if label is not None:
             named.add(series.name)

@@ -80,6 +80,21 @@ def colour_indices(methods: Sequence[str]) -> dict[str, int]:
     return known | {name: len(METHOD_ORDER) + at % free for at, name in enumerate(others)}
 
 
+def hues(arms: Sequence[tuple[str, str, str]]) -> list[str]:
+    """Return the method whose colour each arm has; "" for grey.
+
+    Where arms share a method and an optimiser, as LoRA and rsLoRA do, the first by name has the
+    colour.
+
+    Args:
+        arms: Name, method and optimiser.
+    """
+    names: dict[tuple[str, str], str] = {}
+    for name, *kind in sorted(arms):
+        names.setdefault(tuple(kind), name)
+    return [method if names[method, optimiser] == name else "" for name, method, optimiser in arms]
+
+
 def css_variables() -> str:
     """Return the themes as CSS: light, dark where the system or the reader says so."""
     light = _variables(LIGHT) + (

@@ -212,7 +212,7 @@ def test_the_page_holds_each_run_once(report):
     assert run["spectra"] == {"layer.0": [0.4, 0.2, 0.1, 0.0]}
     assert run["norms"]["layer.0"]["y"] == [0.37417, 0.45826]
     (drawn,) = [f for f in data["blocks"][0]["figures"] if f["key"] == "update-spectrum"]
-    lora_one = next(one for one in drawn["series"] if one["method"] == "lora_one")
+    lora_one = next(one for one in drawn["series"] if one["hue"] == "lora_one")
     assert (lora_one["x"], lora_one["y"]) == ([1, 2, 3], [1, 0.5, 0.25])  # a log axis has no 0
 
 

@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 
-from lora_one.reports.style import DARK, LIGHT, METHOD_ORDER, colour_indices, css_variables
+from lora_one.reports.style import DARK, LIGHT, METHOD_ORDER, colour_indices, css_variables, hues
 
 # The page draws on a raised surface, a little lighter than the dark page.
 SURFACES = [(LIGHT, "#ffffff"), (DARK, "#1a1f24")]
@@ -53,3 +53,9 @@ def test_a_method_has_its_colour_whatever_else_is_there():
     many = colour_indices([f"m{index}" for index in range(20)])
     assert max(many.values()) < len(LIGHT.palette)
     assert len({many["m0"], many["m1"], *(many[name] for name in METHOD_ORDER)}) == 7
+
+
+def test_of_two_arms_of_one_method_the_first_by_name_has_its_colour():
+    arms = [("rsLoRA", "lora", "adamw"), ("LoRA", "lora", "adamw"), ("LoRA", "lora", "sgd")]
+    assert hues(arms) == ["", "lora", "lora"]
+    assert hues([*arms, *arms]) == 2 * hues(arms)

@@ -39,7 +39,7 @@ class Overview {
         block.warnings.map((warning) => el("li", {}, warning))) : null,
       el("div", { class: "charts" }, block.figures.map((figure) => new Chart(
         { ...figure, id: `plot-${index}-${figure.key}` },
-        (series) => this.report.colour(series.method), this.report.data.dashes).node)));
+        (series) => this.report.colour(series.hue), this.report.data.dashes).node)));
   }
 
   comparison(block) {
@@ -53,7 +53,7 @@ class Overview {
       "all trials", "memory"]);
     const rows = block.rows.map((row) => {
       const cells = [
-        el("th", { scope: "row" }, el("span", { class: "arm" }, this.report.dot(row.method), row.name)),
+        el("th", { scope: "row" }, el("span", { class: "arm" }, this.report.dot(row.hue), row.name)),
         el("td", { class: `number score${row.isBest ? " best" : ""}` }, row.isTie ? "≈ " : "",
           fixed(row.mean), row.sd === null ? "" : el("small", {}, ` ± ${fixed(row.sd)}`)),
         el("td", {}, this.whisker(row, reach, block)),
@@ -98,7 +98,7 @@ class Overview {
     if (!row.interval) return signed(row.difference);
     const width = 120;
     const x = (value) => 6 + ((value - reach[0]) / (reach[1] - reach[0])) * (width - 12);
-    const colour = this.report.colour(row.method);
+    const colour = this.report.colour(row.hue);
     const words = `${signed(row.difference)}, 95 % interval ${signed(row.interval[0])} to ` +
       `${signed(row.interval[1])}, ${plural(row.pairs, "pair")}; bootstrap alone ` +
       `${signed(row.bootstrap[0])} to ${signed(row.bootstrap[1])}`;

@@ -56,8 +56,8 @@ class RunPage {
 
   curves() {
     const { loss, validation, metric, angles, norms, spectra, log } = this.run;
-    const method = this.run.facts.method || "";
-    const series = (curve, name) => ({ name, method, optimiser: "", kind: "line", ...curve });
+    const hue = this.run.facts.method || "";
+    const series = (curve, name) => ({ name, hue, optimiser: "", kind: "line", ...curve });
     const one = (title, xLabel, yLabel, curve) => {
       if (curve.x.length < 2) return null;
       const caption = curve.low
@@ -92,7 +92,7 @@ class RunPage {
   }
 
   chart(figure) {
-    return new Chart(figure, (series) => this.report.colour(series.method), this.report.data.dashes).node;
+    return new Chart(figure, (series) => this.report.colour(series.hue), this.report.data.dashes).node;
   }
 
   start() {
@@ -114,7 +114,7 @@ class RunPage {
         caption: "One line per layer; the last value is the largest one left out.",
         series: spectra.map((layer) => {
           const values = layer.singular_values.concat(layer.next_singular_value ?? []);
-          return { name: layer.name.slice(short.length), method: init.method, optimiser: "",
+          return { name: layer.name.slice(short.length), hue: init.method, optimiser: "",
             kind: "line", faint: true, ...spectrum(values) };
         }) }) : null,
       layers.length ? el("details", {},
