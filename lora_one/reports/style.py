@@ -150,6 +150,8 @@ def matplotlib_settings(theme: Theme = LIGHT) -> dict[str, Any]:
         "ytick.labelsize": 8.5,
         "legend.fontsize": 8.5,
         "legend.frameon": False,
+        # Long enough for two dashes of the longest pattern.
+        "legend.handlelength": 4.0,
         "lines.linewidth": 1.6,
         "lines.markersize": 5,
         "font.family": "sans-serif",
