@@ -11,7 +11,7 @@ import pytest
 
 from lora_one.errors import InputError
 from lora_one.harness.config.compose import Point, compose_config, composer, expand
-from lora_one.harness.exit_status import DONE, TRY_AGAIN
+from lora_one.harness.exit_status import DONE, FAILED, TRY_AGAIN
 from lora_one.harness.sweeps.comparison import compare as compare_arms
 from lora_one.harness.sweeps.comparison import make_arms
 from lora_one.reports.comparison import compare
@@ -114,6 +114,17 @@ def test_a_rate_that_diverges_is_a_trial_that_lost(launch, tmp_path):
     kinds = Counter(record["status"] for record in records(tmp_path).values())
     assert kinds["failed"] >= 1
     assert sum(kinds.values()) == 4 + 1
+
+
+@pytest.mark.slow
+def test_a_final_run_that_diverges_is_missing_however_often_the_command_is_given(launch, tmp_path):
+    (tmp_path / "diverge_at_last").touch()
+    command = ["-m", FAIR, "init=lora", "comparison.trials=3", "comparison.seeds=[1]"]
+    for _ in range(2):
+        done = launch(*command)
+        assert done.returncode == FAILED, done.stderr
+        assert "failed: 1 of 1 final runs diverged" in done.stdout
+    assert len((tmp_path / "starts").read_text().split()) == 3 + 1
 
 
 def arms_of(*overrides: str, multirun: bool = False):

@@ -2,7 +2,7 @@
 
 Its losses are a valley: each method has a best learning rate and gamma of its own, and a seed adds
 a little noise. The folder TUNED_RUNS tells it what to do beside: a file ``fail`` makes every
-final run fail, ``diverge`` every trial with a rate above 0.01.
+final run fail, ``diverge`` every trial with a rate above 0.01, ``diverge_at_last`` every final run.
 """
 
 import json
@@ -45,6 +45,8 @@ def run(config: Config) -> None:
         phase = {"seconds": 2.0, "peak_memory_bytes": 10**6}
         error = None
         if trial and config.model.learning_rate > 0.01 and (TOLD / "diverge").exists():
+            error = NonFiniteError("the loss is nan")
+        if not trial and (TOLD / "diverge_at_last").exists():
             error = NonFiniteError("the loss is nan")
         if not trial and (TOLD / "fail").exists():
             error = RuntimeError("told to fail")

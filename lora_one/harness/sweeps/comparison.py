@@ -30,6 +30,8 @@ Execute = Callable[[list[Point]], int]
 """Runs points and returns an exit status, as ``sweep.run_points`` does."""
 
 SEED, METRIC = "seed", "evaluation.metric"
+DIVERGED = float("inf")
+"""The validation loss of a run whose numbers stopped being finite."""
 
 
 @dataclass(frozen=True)
@@ -130,7 +132,7 @@ def compare(arms: Sequence[Arm], execute: Execute) -> int:
         return status
     chosen = [best(tried) for tried in losses]
     for arm, setting, tried in zip(arms, chosen, losses, strict=True):
-        if tried[setting] == float("inf"):
+        if tried[setting] == DIVERGED:
             say(f"failed: {arm.title} diverged at all of its {len(tried)} settings")
             return FAILED
         say(f"chosen: {arm.title}: {arm.words(setting)} (validation loss {tried[setting]:.4f})")
@@ -147,7 +149,11 @@ def compare(arms: Sequence[Arm], execute: Execute) -> int:
     trials = [_trial(arm, s) for arm, tried in zip(arms, losses, strict=True) for s in tried]
     if is_main():
         _show([*trials, *finals])
-    return status
+    # A trial that diverged has been counted; a final run that did is missing from the table.
+    diverged = outcomes.count(DIVERGED)
+    if diverged:
+        say(f"failed: {diverged} of {len(finals)} final runs diverged and are not in the table")
+    return status or (FAILED if diverged else DONE)
 
 
 def describe(arms: Sequence[Arm]) -> list[Point]:
@@ -229,12 +235,12 @@ def _execute(points: list[Point], execute: Execute) -> int:
 
 
 def _outcome(point: Point) -> float | None:
-    """Return a run's validation loss, infinity where it diverged; None where it is not done."""
+    """Return a run's validation loss, ``DIVERGED`` where it did; None where it is not done."""
     if record := finished_record(point.config):
         return record["losses"]["validation"]
     record = read_record(Path(point.config.output_dir) / run_id(point.config)) or {}
     diverged = (record.get("error") or {}).get("type") == "NonFiniteError"
-    return float("inf") if record.get("status") == "failed" and diverged else None
+    return DIVERGED if record.get("status") == "failed" and diverged else None
 
 
 def _show(points: Sequence[Point]) -> None:
