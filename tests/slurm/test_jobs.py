@@ -46,6 +46,29 @@ def test_an_array_does_each_unfinished_point_and_ends_in_one_table(tiny, results
     assert "submitted" not in again.stdout
 
 
+def test_a_comparison_is_one_array_per_round_and_ends_in_its_table(tiny, results):
+    rounds = ["learning_rate=[1e-3,4e-3]", "stable_gamma=[]", "damping=[]"]
+    answer = call(
+        *PROGRAM,
+        "-m",
+        *CPU,
+        *tiny,
+        *("init=lora", "optimizer=adamw", "comparison=small_model"),
+        *(f"comparison.grid.{axis}" for axis in rounds),
+        *("comparison.trials=2", "comparison.seeds=[1,2]"),
+    )
+    assert answer.returncode == 0, answer.stdout + answer.stderr
+    assert answer.stdout.count("submitted 2 as job") == 2
+    assert answer.stdout.index("tuning: trials 1 to 2 of 2") < answer.stdout.index("chosen: lora")
+    assert sorted((r["seed"], r["primary_metric"]) for r in records(results)) == [
+        (0, "validation_loss"),
+        (0, "validation_loss"),
+        (1, "accuracy"),
+        (2, "accuracy"),
+    ]
+    assert "settings tried" in answer.stdout
+
+
 def test_a_run_whose_job_is_requeued_goes_on_and_finishes(submit, long, results):
     submission = submit(*long)
     submission.wait_for_steps(20)

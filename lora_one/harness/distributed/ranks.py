@@ -14,7 +14,7 @@ NEEDED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 POINT = "LORA_ONE_POINT"
 """Names the point of a sweep to its processes, so that they meet each other and no one else."""
 # Below what Linux gives to outgoing connections (32768 and up) and above common services; the
-# upper half is for the ranks' own channel (peers.py).
+# upper half is for the ranks' own channel (peers/meeting.py).
 FIRST_PORT, PORTS = 10240, 11264
 PORTS_OF_A_JOB = 16
 
