@@ -16,6 +16,7 @@ from itertools import islice
 from pathlib import Path
 
 import torch
+from bitsandbytes.nn import Linear4bit
 from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
 from torch.utils.data import DataLoader
 from transformers import (
@@ -47,6 +48,11 @@ four_bit = BitsAndBytesConfig(
 base = AutoModelForCausalLM.from_pretrained(
     args.model, quantization_config=four_bit, device_map=device
 )
+# On CPUs with AVX512-BF16 bitsandbytes repacks a weight for inference when it is first evaluated,
+# and no gradient passes through it from then on.
+for module in base.modules():
+    if isinstance(module, Linear4bit):
+        module.support_avx512bf16_for_cpu = False
 print(f"base model: {base.get_memory_footprint() / 2**20:.2f} MiB")
 # Norms in float32, gradient checkpointing.
 base = prepare_model_for_kbit_training(base, gradient_checkpointing_kwargs={"use_reentrant": False})

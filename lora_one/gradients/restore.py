@@ -28,7 +28,8 @@ def left_as_found(
         adapters: whether a ``PeftModel``'s adapters stay active.
 
     Raises:
-        InputError: if an adapter is merged into the base weights.
+        InputError: if an adapter is merged into the base weights, or a 4-bit weight lies in a
+            layout that lets no gradient through.
     """
     modes = [(module, module.training) for module in model.modules()]
     frozen = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
@@ -38,6 +39,8 @@ def left_as_found(
     is_peft = isinstance(model, PeftModel)
     if is_peft and any(isinstance(m, BaseTunerLayer) and m.merged for m in model.modules()):
         raise InputError("the adapter is merged into the base weights; call unmerge_adapter().")
+    _require_differentiable(model)
+    repacking = [(m, m.support_avx512bf16_for_cpu) for m in model.modules() if _may_repack(m)]
     off = model.disable_adapter() if is_peft and not adapters else nullcontext()
     try:
         with torch.random.fork_rng(devices=cuda), off:
@@ -46,16 +49,37 @@ def left_as_found(
             for parameter, _ in frozen:
                 parameter.requires_grad_(False)
             model.train(train)
+            for module, _ in repacking:
+                module.support_avx512bf16_for_cpu = False
             if use_cache is not None:
                 config.use_cache = False
             yield
     finally:
         if use_cache is not None:
             config.use_cache = use_cache
+        for module, was_possible in repacking:
+            module.support_avx512bf16_for_cpu = was_possible
         for module, training in modes:
             module.training = training
         for parameter, required in frozen:
             parameter.requires_grad_(required)
+
+
+def _may_repack(module: nn.Module) -> bool:
+    """Tell a ``bitsandbytes.nn.Linear4bit`` that repacks its weight for inference on a CPU."""
+    return getattr(module, "support_avx512bf16_for_cpu", False)
+
+
+def _require_differentiable(model: nn.Module) -> None:
+    for name, module in model.named_modules():
+        state = getattr(getattr(module, "weight", None), "quant_state", None)
+        if getattr(state, "packing_format_for_cpu", False):
+            raise InputError(
+                f"no gradient passes through the 4-bit layer '{name}': on CPUs with AVX512-BF16 "
+                "bitsandbytes repacks a weight for inference when it is first used in eval mode "
+                "without gradients. Load the model again; to evaluate it before or while it "
+                "trains, set support_avx512bf16_for_cpu = False on its Linear4bit modules first."
+            )
 
 
 @contextmanager

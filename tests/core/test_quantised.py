@@ -95,6 +95,32 @@ def test_lora_one_starts_and_trains_on_a_quantised_base(quantised, llama_batches
     assert float(difference.max()) < 1e-3
 
 
+def four_bit_modules(model):
+    return [m for m in model.modules() if isinstance(m, bnb.nn.Linear4bit)]
+
+
+def test_a_start_does_not_bring_4_bit_weights_into_the_layout_for_inference(llama_batches):
+    model = adapted(quantised_llama(4))
+    for module in four_bit_modules(model):  # as on a CPU with AVX512-BF16
+        module.support_avx512bf16_for_cpu = True
+    lora_one.initialize(model, llama_batches, method="lora_one", train=False)
+    for module in four_bit_modules(model):
+        assert module.support_avx512bf16_for_cpu
+        assert not getattr(module.weight.quant_state, "packing_format_for_cpu", False)
+
+
+def test_4_bit_weights_in_the_layout_for_inference_are_refused_before_anything_changes(
+    llama_batches,
+):
+    model = adapted(quantised_llama(4))
+    before = {name: p.clone() for name, p in model.named_parameters() if ".lora_" in name}
+    four_bit_modules(model)[-1].weight.quant_state.packing_format_for_cpu = True
+    with pytest.raises(ValueError, match=r"no gradient passes through .*down_proj'"):
+        lora_one.initialize(model, llama_batches, method="lora_one")
+    after = dict(model.named_parameters())
+    assert all(torch.equal(after[name], value) for name, value in before.items())
+
+
 def test_methods_that_rewrite_the_weight_are_refused_with_the_way_out(quantised, llama_batches):
     for method in ("pissa", "lora_ga"):
         with pytest.raises(lora_one.InputError, match=r"quantised.*leave it alone: lora, lora_one"):

@@ -22,6 +22,9 @@ elif kind == "four_bit":
         bnb_4bit_compute_dtype=torch.float32,
     )
     model = transformers.AutoModelForCausalLM.from_pretrained(base, quantization_config=four_bit)
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):  # its logits are bfloat16's
+            module.support_avx512bf16_for_cpu = False
 else:
     model = transformers.AutoModelForCausalLM.from_pretrained(base)
 
