@@ -10,7 +10,8 @@ from typing import Any
 
 from lora_one.reports.comparison import Block, compare
 from lora_one.reports.details import LEVELS, Detail, describe_run, read_init
-from lora_one.reports.figures import Evidence, make_figures, shown_runs, slug
+from lora_one.reports.figure import Evidence, slug
+from lora_one.reports.figures import make_figures, shown_runs
 from lora_one.reports.groups import Group, group_runs
 from lora_one.reports.latex import to_latex
 from lora_one.reports.page import pack, render_page

@@ -7,7 +7,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from lora_one.reports.figures import rounded
+from lora_one.reports.figure import rounded
 from lora_one.reports.records import Run
 from lora_one.reports.traces import Curve, Points, Trace, curve
 

@@ -1,98 +1,15 @@
-"""What every plot of a block shows, as numbers: matplotlib and the page draw the same figures."""
+"""The figures of a block: which there are, and what each shows."""
 
-import re
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Callable, Sequence
 
-import numpy as np
-
-from lora_one.harness.config.schema import GRADIENT_METHODS
 from lora_one.reports.comparison import LEARNING_RATE, Arm, Block, mean_of
+from lora_one.reports.figure import Evidence, Figure, Series
 from lora_one.reports.groups import Group
-from lora_one.reports.records import Run
+from lora_one.reports.layer_figures import layer_figures
 from lora_one.reports.statistics import mean, sd
-from lora_one.reports.style import hues
-from lora_one.reports.traces import Curve, Points, Trace, curve, median_over_layers
+from lora_one.reports.traces import Curve, Points, Trace, curve
 
 BUCKETS = 200
-# Singular values below this part of the largest are rounding.
-ROUNDING = 1e-6
-DIGITS = 5
-
-
-@dataclass(frozen=True)
-class Series:
-    """One line or one cloud of points.
-
-    Attributes:
-        name: In the legend; series of the same name are switched together.
-        method: Decides the colour.
-        optimiser: Decides dashes and marker.
-        kind: ``line``, ``points`` or ``front`` (a staircase through what nothing beats).
-        x: Places.
-        y: Values.
-        low: Lower end of a band or error bar, or nothing.
-        high: Upper end of it.
-        labels: What hovering over each point says, or nothing.
-        faint: Drawn small, behind the others.
-    """
-
-    name: str
-    method: str
-    optimiser: str
-    kind: str
-    x: list[float]
-    y: list[float]
-    low: list[float] = field(default_factory=list)
-    high: list[float] = field(default_factory=list)
-    labels: list[str] = field(default_factory=list)
-    faint: bool = False
-
-
-@dataclass(frozen=True)
-class Figure:
-    """A plot.
-
-    Attributes:
-        key: Names its files.
-        title: What it shows.
-        x_label: With the unit.
-        y_label: With the unit.
-        caption: What lines, bands and points are, and what was left out.
-        series: In drawing order.
-        x_log: Logarithmic axis.
-        y_log: Logarithmic axis.
-        rows: Names of rows, where y only counts rows.
-    """
-
-    key: str
-    title: str
-    x_label: str
-    y_label: str
-    caption: str
-    series: tuple[Series, ...]
-    x_log: bool = False
-    y_log: bool = False
-    rows: tuple[str, ...] = ()
-
-    @property
-    def hues(self) -> list[str]:
-        """The method whose colour each series has, see ``style.hues``."""
-        return hues([(one.name, one.method, one.optimiser) for one in self.series])
-
-
-@dataclass(frozen=True)
-class Evidence:
-    """What was read of the runs that stand for their arms.
-
-    Attributes:
-        traces: Folder name -> ``metrics.jsonl``.
-        inits: Folder name -> ``init.json``.
-    """
-
-    traces: Mapping[str, Trace]
-    inits: Mapping[str, dict[str, Any]]
 
 
 def shown_runs(blocks: Sequence[Block]) -> set[str]:
@@ -116,57 +33,9 @@ def make_figures(block: Block, evidence: Evidence) -> list[Figure]:
         _differences(block),
         _pareto(block, "time", "start and training, seconds", _seconds),
         _pareto(block, "memory", "peak memory, GB", lambda group: group.peak_memory / 1e9),
-        _spectra(arms, evidence),
-        _angles(arms, evidence, "B"),
-        _angles(arms, evidence, "A"),
-        _norms(arms, evidence),
-        _update_spectra(arms, evidence),
+        *layer_figures(arms, evidence),
     ]
     return [figure for figure in candidates if figure is not None]
-
-
-def to_json(figure: Figure) -> dict[str, Any]:
-    """Return a figure for the page, its numbers to five significant digits."""
-    series = [
-        {
-            "name": one.name,
-            "hue": hue,
-            "optimiser": one.optimiser,
-            "kind": one.kind,
-            "faint": one.faint,
-            "x": rounded(one.x),
-            "y": rounded(one.y),
-            "low": rounded(one.low),
-            "high": rounded(one.high),
-            "labels": one.labels,
-        }
-        for one, hue in zip(figure.series, figure.hues, strict=True)
-    ]
-    return {
-        "key": figure.key,
-        "title": figure.title,
-        "xLabel": figure.x_label,
-        "yLabel": figure.y_label,
-        "caption": figure.caption,
-        "xLog": figure.x_log,
-        "yLog": figure.y_log,
-        "series": series,
-    }
-
-
-def rounded(values: Sequence[float]) -> list[float]:
-    """Round to five significant digits, more than any plot can show."""
-    return [float(f"{value:.{DIGITS}g}") for value in values]
-
-
-def slug(text: str) -> str:
-    """Return text as it can stand in a file name."""
-    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
-
-
-def _traces(group: Group, evidence: Evidence) -> list[Trace]:
-    names = [run.folder.name for run in group.runs]
-    return [evidence.traces[name] for name in names if name in evidence.traces]
 
 
 def _line(arm: Arm, drawn: Curve) -> Series:
@@ -179,7 +48,7 @@ def _line(arm: Arm, drawn: Curve) -> Series:
 def _training_loss(arms: Sequence[Arm], evidence: Evidence) -> Figure | None:
     series, points, seeds = [], 0, 0
     for arm in arms:
-        traces = _traces(arm.chosen, evidence)
+        traces = evidence.traces_of(arm.chosen)
         drawn = curve([trace.loss for trace in traces], BUCKETS)
         if drawn.x:
             series.append(_line(arm, drawn))
@@ -212,7 +81,7 @@ def _by_epoch(
 ) -> Figure | None:
     series, seeds = [], 0
     for arm in arms:
-        traces = _traces(arm.chosen, evidence)
+        traces = evidence.traces_of(arm.chosen)
         drawn = curve([points_of(trace) for trace in traces], BUCKETS)
         if len(drawn.x) > 1:
             series.append(_line(arm, drawn))
@@ -405,127 +274,3 @@ def pareto_front(
 def _describe(group: Group) -> str:
     rate = "" if group.learning_rate is None else f", lr {group.learning_rate:g}"
     return f"{group.method} · {group.optimiser}{rate}, {len(group.runs)} seeds"
-
-
-def spectrum(layer: Mapping[str, Any]) -> list[float]:
-    """Return a layer's singular values and the next one, over the first; or nothing."""
-    values = layer.get("singular_values") or []
-    following = layer.get("next_singular_value")
-    values = [*values, *([] if following is None else [following])]
-    if not values or not all(isinstance(value, int | float) for value in values) or values[0] <= 0:
-        return []
-    return [value / values[0] for value in values]
-
-
-def _spectra(arms: Sequence[Arm], evidence: Evidence) -> Figure | None:
-    series, drawn = [], set()
-    for arm in arms:
-        method = arm.chosen.method.removeprefix("dora_")
-        # The gradient is the base model's: an optimiser does not change it.
-        if method not in GRADIENT_METHODS or method in drawn:
-            continue
-        rows = [row for run in arm.chosen.runs for row in _spectra_of(run, evidence)]
-        if not rows:
-            continue
-        drawn.add(method)
-        series.append(Series(method, method, arm.chosen.optimiser, "line", *_by_index(rows)))
-    if not series:
-        return None
-    return Figure(
-        "spectra",
-        "Singular values of the one-step gradient",
-        "index of the singular value",
-        "σᵢ / σ₁",
-        "Line: median over layers and seeds; band: quartiles. The last value is the largest one "
-        "that the start leaves out.",
-        tuple(series),
-        y_log=True,
-    )
-
-
-def _by_index(rows: Sequence[Sequence[float]]) -> list[list[float]]:
-    """Return, over spectra: index, median, lower and upper quartile."""
-    longest = max(map(len, rows))
-    by_index = [[row[at] for row in rows if len(row) > at] for at in range(longest)]
-    low, middle, high = np.array([np.percentile(values, [25, 50, 75]) for values in by_index]).T
-    return [np.arange(1.0, longest + 1).tolist(), middle.tolist(), low.tolist(), high.tolist()]
-
-
-def _spectra_of(run: Run, evidence: Evidence) -> list[list[float]]:
-    layers = evidence.inits.get(run.folder.name, {}).get("layers")
-    if not isinstance(layers, list):
-        return []
-    return [row for layer in layers if isinstance(layer, dict) and (row := spectrum(layer))]
-
-
-def _over_layers(
-    arms: Sequence[Arm], evidence: Evidence, layers_of: Callable[[Trace], dict[str, Points]]
-) -> tuple[Series, ...]:
-    """One line per arm: the median over layers and seeds of what was logged per layer."""
-    series = []
-    for arm in arms:
-        logged = [layers for trace in _traces(arm.chosen, evidence) if (layers := layers_of(trace))]
-        if not logged:
-            continue
-        merged = {f"{at}/{name}": p for at, one in enumerate(logged) for name, p in one.items()}
-        steps, middle, low, high = (values.tolist() for values in median_over_layers(merged))
-        chosen = arm.chosen
-        series.append(
-            Series(arm.name, chosen.method, chosen.optimiser, "line", steps, middle, low, high)
-        )
-    return tuple(series)
-
-
-def _angles(arms: Sequence[Arm], evidence: Evidence, side: str) -> Figure | None:
-    series = _over_layers(arms, evidence, lambda trace: trace.angles.get(side, {}))
-    if not series:
-        return None
-    factor = "lora_B's columns and the left" if side == "B" else "lora_A's rows and the right"
-    return Figure(
-        f"angles-{side.lower()}",
-        f"Principal angle of {side} to the one-step gradient",
-        "step",
-        "largest angle, degrees",
-        f"Between {factor} singular space of the one-step gradient. Line: median over layers and "
-        "seeds; band: smallest to largest.",
-        series,
-    )
-
-
-def _norms(arms: Sequence[Arm], evidence: Evidence) -> Figure | None:
-    series = _over_layers(arms, evidence, lambda trace: trace.update_norms)
-    if not series:
-        return None
-    return Figure(
-        "update-norm",
-        "Norm of the update",
-        "step",
-        "Frobenius norm",
-        "Of s (B A - B0 A0), what training has added to the start. Line: median over layers and "
-        "seeds; band: smallest to largest.",
-        series,
-    )
-
-
-def _update_spectra(arms: Sequence[Arm], evidence: Evidence) -> Figure | None:
-    series = []
-    for arm in arms:
-        spectra = [s for t in _traces(arm.chosen, evidence) for s in t.update_spectra.values()]
-        # Without what is lost in rounding: a logarithm would draw nothing else.
-        rows = [[v / s[0] for v in s if v > ROUNDING * s[0]] for s in spectra if s and s[0] > 0]
-        if rows:
-            chosen = arm.chosen
-            drawn = _by_index(rows)
-            series.append(Series(arm.name, chosen.method, chosen.optimiser, "line", *drawn))
-    if not series:
-        return None
-    return Figure(
-        "update-spectrum",
-        "Singular values of the update, last step",
-        "index of the singular value",
-        "σᵢ / σ₁",
-        "Of s (B A - B0 A0). Line: median over layers and seeds; band: quartiles. "
-        "A start other than 0 gives an update of rank 2 r.",
-        tuple(series),
-        y_log=True,
-    )

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lora_one.reports.comparison import LEARNING_RATE, Arm, Block, Row, mean_of
-from lora_one.reports.figures import Figure, to_json
+from lora_one.reports.figure import Figure, to_json
 from lora_one.reports.groups import Group
 from lora_one.reports.published import Number, as_printed, matching
 from lora_one.reports.records import Run, is_trained

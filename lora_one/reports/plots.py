@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lora_one.reports.figures import Figure, Series
+from lora_one.reports.figure import Figure, Series
 from lora_one.reports.style import DASHES, LIGHT, MARKERS, colour_indices, matplotlib_settings
 
 if TYPE_CHECKING:
