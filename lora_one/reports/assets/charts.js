@@ -42,7 +42,7 @@ const MARKS = [
 ];
 
 class Chart {
-  // `figure` is what figure.py makes of one; `colourOf(series)` gives a CSS colour.
+  // `figure` is what to_json in figure.py makes; `colourOf(series)` gives a CSS colour.
   constructor(figure, colourOf, dashes) {
     this.figure = figure;
     this.colourOf = colourOf;
