@@ -12,7 +12,7 @@ from pathlib import Path
 
 from headless import Browser, NoBrowserError, open_page
 
-WIDTH = 1240
+WIDTH = 1400
 SCALE = 1.5
 # A chart is drawn once its place on the page is known.
 DRAWN = "return [...document.querySelectorAll('.drawing')].every((node) => node.childElementCount)"
