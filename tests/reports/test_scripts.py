@@ -24,7 +24,7 @@ def test_the_benchmark_measures_and_a_picture_is_taken(tmp_path, headless):
     answer = run("report_screenshot.py", tmp_path / "report" / "report.html", picture, "--dark")
     assert answer.returncode == 0, answer.stderr
     with Image.open(picture) as image:
-        assert image.width == 1240 * 1.5
+        assert image.width == 1400 * 1.5
         assert image.height > 1000
         assert image.convert("RGB").getpixel((3, 3)) == (20, 24, 28)
 
