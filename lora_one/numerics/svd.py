@@ -153,7 +153,8 @@ def _krylov(
     T = torch.zeros(columns, columns, dtype=torch.float64)  # P Pᵀ, small: solved on the CPU
     Omega = torch.randn(n, WIDTH, generator=generator, dtype=M.dtype).to(M.device)
     block = processes.agree(torch.linalg.qr(whole(Omega.mT @ M.mT).mT).Q.contiguous())
-    look = rank + WIDTH // 2
+    # A look costs O(end³), a block without one little; with fewer columns it is rarely enough.
+    look = 2 * rank + 2 * WIDTH
     for end in range(WIDTH, columns + 1, WIDTH):
         new = slice(end - WIDTH, end)
         Q[:, new] = block
@@ -175,7 +176,7 @@ def _krylov(
         block = processes.agree(block.contiguous())
         if end <= look and end < columns:
             continue
-        look = end + end // 8  # a look costs O(end³), a block without one little
+        look = end + end // 4
         values, vectors = torch.linalg.eigh(T[:end, :end])
         S, W = values.flip(0).clamp(min=0).sqrt(), vectors.flip(1)
         floor = S[0].clamp(min=torch.finfo(M.dtype).tiny) * eps
