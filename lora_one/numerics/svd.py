@@ -176,7 +176,7 @@ def _krylov(
         block = processes.agree(block.contiguous())
         if end <= look and end < columns:
             continue
-        look = end + end // 4
+        look = end + WIDTH
         values, vectors = torch.linalg.eigh(T[:end, :end])
         S, W = values.flip(0).clamp(min=0).sqrt(), vectors.flip(1)
         floor = S[0].clamp(min=torch.finfo(M.dtype).tiny) * eps
