@@ -19,7 +19,8 @@ def left_as_found(
 
     On leaving, the training mode of every module, ``requires_grad`` of every parameter,
     ``config.use_cache``, the adapters' state and the global random numbers of CPU and GPUs are
-    those of before. Parameters' ``.grad`` is never touched, because no parameter requires one.
+    those of before. Parameters' ``.grad`` is never touched, because no parameter requires one, and
+    bitsandbytes does not repack 4-bit weights inside, after which no gradient would pass them.
 
     Args:
         model: a plain model or a ``PeftModel``.
