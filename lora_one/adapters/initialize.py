@@ -295,9 +295,7 @@ def _agreed(starts: dict[str, Factors]) -> dict[str, Factors]:
     if ranks is None:
         return starts
     return {
-        name: factors._replace(
-            B=ranks.agree(factors.B.contiguous()), A=ranks.agree(factors.A.contiguous())
-        )
+        name: factors._replace(B=ranks.agree(factors.B), A=ranks.agree(factors.A))
         for name, factors in sorted(starts.items())
     }
 

@@ -15,8 +15,8 @@ class LayerReport:
         singular_values: of the decomposed matrix (G or W), those the factors use; empty for
             methods that decompose nothing.
         next_singular_value: the largest one left out.
-        svd_error: estimated sine of the angle to the exact singular subspaces; 0 where LAPACK's
-            full decomposition was used.
+        svd_error: estimated sine of the angle to the exact singular subspaces, root mean square
+            over the triplets; 0 where LAPACK's full decomposition was used.
         captured_energy: share of the squared Frobenius norm in ``singular_values``.
         norm_ratio: ``||s B0 A0||_F / ||W||_F``; None where W is packed, or cut up by FSDP1 or
             ZeRO-3.

@@ -32,16 +32,17 @@ def left_as_found(
         InputError: if an adapter is merged into the base weights, or a 4-bit weight lies in a
             layout that lets no gradient through.
     """
-    modes = [(module, module.training) for module in model.modules()]
-    frozen = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    modules, parameters = list(model.modules()), list(model.parameters())
+    modes = [(module, module.training) for module in modules]
+    frozen = [(parameter, parameter.requires_grad) for parameter in parameters]
     config = getattr(model, "config", None)
     use_cache = getattr(config, "use_cache", None)
-    cuda = sorted({p.device.index for p in model.parameters() if p.device.type == "cuda"})
+    cuda = sorted({p.device.index for p in parameters if p.device.type == "cuda"})
     is_peft = isinstance(model, PeftModel)
-    if is_peft and any(isinstance(m, BaseTunerLayer) and m.merged for m in model.modules()):
+    if is_peft and any(isinstance(m, BaseTunerLayer) and m.merged for m in modules):
         raise InputError("the adapter is merged into the base weights; call unmerge_adapter().")
     _require_differentiable(model)
-    repacking = [(m, m.support_avx512bf16_for_cpu) for m in model.modules() if _may_repack(m)]
+    repacking = [(m, m.support_avx512bf16_for_cpu) for m in modules if _may_repack(m)]
     off = model.disable_adapter() if is_peft and not adapters else nullcontext()
     try:
         with torch.random.fork_rng(devices=cuda), off:

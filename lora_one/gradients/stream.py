@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from lora_one.errors import InputError, NonFiniteError
+from lora_one.gradients.logits import promised_logits
 from lora_one.gradients.plan import plan
 from lora_one.gradients.restore import checkpointed, left_as_found
 from lora_one.gradients.tap import differentiable_embeddings, tapped, weight_gradient
@@ -123,7 +124,9 @@ def mean_loss(
             if ".lora_dropout" in name:
                 module.eval()
         for batch, tokens in counted:
-            loss_sum += float(_loss(model, to_device(batch, device))) * tokens
+            with promised_logits(model):
+                loss = _loss(model, to_device(batch, device))
+            loss_sum += float(loss) * tokens
     total = _sum_over_ranks(sum(tokens for _, tokens in counted), model)
     return _sum_over_ranks(loss_sum, model) / total
 
@@ -206,6 +209,7 @@ def _sweep(
     with ExitStack() as stack:
         stack.enter_context(torch.enable_grad())
         stack.enter_context(tapped(group, sums.add, sums.on_forward))
+        stack.enter_context(promised_logits(model))
         if _is_reentrant(model):
             stack.enter_context(differentiable_embeddings(model))
         for index, (batch, tokens) in enumerate(counted):
@@ -243,12 +247,14 @@ class Ranks:
     """The ranks of ``torch.distributed``, as ``truncated_svd`` wants them."""
 
     def add_up(self, tensor: Tensor) -> Tensor:
-        """Sum a contiguous tensor over the ranks, in place, and return it."""
+        """Return the sum over the ranks; a contiguous tensor is overwritten by it."""
+        tensor = tensor.contiguous()
         dist.all_reduce(tensor)
         return tensor
 
     def agree(self, tensor: Tensor) -> Tensor:
-        """Overwrite a contiguous tensor by rank 0's, in place, and return it."""
+        """Return rank 0's tensor; a contiguous one is overwritten by it."""
+        tensor = tensor.contiguous()
         dist.broadcast(tensor, src=0)
         return tensor
 
