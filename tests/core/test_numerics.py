@@ -9,7 +9,7 @@ from lora_one.numerics.angles import principal_angles
 from lora_one.numerics.factors import Factors, Layer, clip_to_weight
 from lora_one.numerics.methods import METHODS
 from lora_one.numerics.preconditioner import damped_gram_factor, precondition
-from lora_one.numerics.svd import private_generator, truncated_svd
+from lora_one.numerics.svd import private_generator, subspace_error, truncated_svd
 
 from .tiny import known_spectrum
 
@@ -52,6 +52,21 @@ def test_randomised_svd_keeps_its_promise_on_a_flat_noisy_spectrum(shape, gap):
     error = relative((found.U * found.S) @ found.Vh - best, best)
     assert error < 1e-3
     assert error < 2 * found.error + 1e-5  # the stated error bounds the real one
+
+
+@pytest.mark.parametrize("gap", [0.08, 0.5])
+def test_subspace_error_is_the_angle_to_first_order(gap):
+    """On ``M Mᵀ = [[diag(σ²), Cᵀ], [C, σ_out² I]]``, whose leading eigenvectors LAPACK knows."""
+    r, k, b = 4, 24, 8
+    S = torch.cat([torch.linspace(1.5, 1.0, r), torch.linspace(1 - gap, 0.2, k - r)]).double()
+    C = 1e-4 * torch.randn(b, k, generator=private_generator(1), dtype=torch.float64)
+    C[:, r] *= 2e2  # the next Ritz vector has not settled yet and leads out of the basis
+    gram = torch.diag(torch.cat([S.square(), S[k // 4].square().expand(b)]))
+    gram[k:, :k], gram[:k, k:] = C, C.T
+    leading = torch.linalg.eigh(gram).eigenvectors[:, -r:]
+    sines = (1 - torch.linalg.svdvals(leading[:r]).square()).clamp(min=0).sqrt()
+    estimate = subspace_error(S.numpy(), C.numpy(), r)
+    assert estimate == pytest.approx(float(sines.square().mean().sqrt()), rel=2e-3)
 
 
 def test_small_singular_values_beside_a_huge_one_are_found():
