@@ -79,7 +79,8 @@ class PromisedLogits(Tensor):
         if function in _LOOKS:
             with torch._C.DisableTorchFunctionSubclass():
                 return function(*args, **kwargs)
-        if function in _DEFERRED and isinstance(args[0], cls) and args[0].kept is None:
+        deferred = args and isinstance(args[0], cls) and args[0].kept is None
+        if deferred and function in _DEFERRED:
             result = _DEFERRED[function](*args, **kwargs)
             if result is not None:
                 return result

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_one.errors import InputError, nearest
+from lora_one.gradients.restore import can_checkpoint
 from lora_one.gradients.tokens import IGNORED, Batch, supervised_tokens
 from lora_one.layers import TargetLayer
 
@@ -81,8 +82,7 @@ def plan(
     size = sum(4 * layer.shape[0] * layer.shape[1] for layer in layers)
     if strategy == "hold" or (strategy == "auto" and size <= budget):
         return Plan("hold", counted, [layers])
-    can_checkpoint = train and hasattr(_base(model), "gradient_checkpointing_enable")
-    if strategy in ("auto", "join") and can_checkpoint:
+    if strategy in ("auto", "join") and train and can_checkpoint(model):
         joined = joined_batch([batch for batch, _ in counted], _base(model))
         if joined is not None:
             tokens = supervised_tokens(model, joined)

@@ -2,11 +2,13 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from functools import partial
 
 import torch
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from lora_one.errors import InputError
 
@@ -86,20 +88,34 @@ def _require_differentiable(model: nn.Module) -> None:
 
 @contextmanager
 def checkpointed(model: nn.Module) -> Iterator[None]:
-    """Switch transformers' activation checkpointing on; switch off again what was switched on."""
+    """Switch transformers' activation checkpointing on where it is off, while the context lasts.
+
+    By the modules' own switches: ``activation_checkpointing_enable`` also hooks the embeddings, and
+    nothing takes that hook off again. Taps need no input that requires a gradient.
+    """
     base = model.get_base_model() if isinstance(model, PeftModel) else model
-    was_on = [
-        (module, module.gradient_checkpointing)
-        for module in base.modules()
-        if hasattr(module, "gradient_checkpointing")
-    ]
-    if any(on for _, on in was_on):
+    modules = [m for m in base.modules() if hasattr(m, "gradient_checkpointing")]
+    if any(module.gradient_checkpointing for module in modules):
         yield
         return
-    base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    switches = {
+        "_gradient_checkpointing_func": partial(checkpoint, use_reentrant=False),
+        "gradient_checkpointing": True,
+    }
+    before = [{name: vars(m)[name] for name in switches if name in vars(m)} for m in modules]
+    for module in modules:
+        vars(module).update(switches)
     try:
         yield
     finally:
-        base.gradient_checkpointing_disable()
-        for module, on in was_on:
-            module.gradient_checkpointing = on
+        for module, known in zip(modules, before, strict=True):
+            for name in switches:
+                del vars(module)[name]
+            vars(module).update(known)
+
+
+def can_checkpoint(model: nn.Module) -> bool:
+    """Tell whether ``checkpointed`` has an effect on the model, in train mode."""
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    switches = any(hasattr(module, "gradient_checkpointing") for module in base.modules())
+    return switches and getattr(base, "supports_gradient_checkpointing", False)

@@ -205,6 +205,8 @@ def snapshot(model):
         "modes": [module.training for module in model.modules()],
         "required": [parameter.requires_grad for parameter in model.parameters()],
         "hooks": [len(module._forward_hooks) for module in model.modules()],
+        "attributes": [sorted(vars(module)) for module in model.modules()],
+        "checkpointing": [getattr(m, "gradient_checkpointing", None) for m in model.modules()],
         "grads": [parameter.grad for parameter in model.parameters()],
         "cache": model.config.use_cache,
         "random": torch.get_rng_state().tolist(),
@@ -222,9 +224,10 @@ def assert_same(before, after):
             assert before[key] == after[key], key
 
 
+@pytest.mark.parametrize("strategy", ["hold", "join", "groups"])
 @pytest.mark.parametrize("fails", [False, True])
 @pytest.mark.parametrize("wrapped", [False, True])
-def test_model_is_left_as_found(fails, wrapped, llama, llama_batches):
+def test_model_is_left_as_found(fails, wrapped, strategy, llama, llama_batches):
     model = adapted(llama, lora_dropout=0.1) if wrapped else llama
     model.train()
     model.get_submodule("base_model.model.model.norm" if wrapped else "model.norm").eval()
@@ -234,9 +237,9 @@ def test_model_is_left_as_found(fails, wrapped, llama, llama_batches):
     if fails:
         broken = {**llama_batches[1], "input_ids": torch.full_like(ids_of(llama_batches), 10_000)}
         with pytest.raises(IndexError):
-            lora_one.estimate_gradients(model, [llama_batches[0], broken])
+            lora_one.estimate_gradients(model, [llama_batches[0], broken], strategy=strategy)
     else:
-        lora_one.estimate_gradients(model, llama_batches, seed=3)
+        lora_one.estimate_gradients(model, llama_batches, seed=3, strategy=strategy)
     assert_same(before, snapshot(model))
 
 
