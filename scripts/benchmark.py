@@ -39,7 +39,8 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import lora_one
 
-PUBLISHED_LLAMA = {"width": 4096, "ffn": 11008, "layers": 32, "heads": 32, "vocabulary": 32000}
+PUBLISHED_LLAMA = {"ffn": 11008, "heads": 32}
+AXES = ("width", "layers", "tokens", "rows", "rank", "vocabulary")
 Setting = dict[str, Any]
 Work = Callable[[], Any]
 
@@ -442,13 +443,12 @@ def run_optimizer(arguments: argparse.Namespace) -> list[dict[str, Any]]:
 
 def settings(arguments: argparse.Namespace) -> Iterator[Setting]:
     """Yield every combination of the comma-separated sizes."""
-    names = ("width", "layers", "tokens", "rows", "rank")
-    fixed = {"ffn": 0, "heads": 0, "vocabulary": 4096}
+    fixed = {"ffn": 0, "heads": 0}
     if arguments.model == "llama":
         fixed = {name: PUBLISHED_LLAMA[name] for name in fixed}
-        arguments.width, arguments.layers = "4096", "32"
-    for values in itertools.product(*(getattr(arguments, name).split(",") for name in names)):
-        sizes = dict(zip(names, map(int, values), strict=True))
+        arguments.width, arguments.layers, arguments.vocabulary = "4096", "32", "32000"
+    for values in itertools.product(*(getattr(arguments, name).split(",") for name in AXES)):
+        sizes = dict(zip(AXES, map(int, values), strict=True))
         yield {**fixed, **sizes, "device": arguments.device, "dtype": arguments.dtype}
 
 
@@ -470,8 +470,8 @@ def environment() -> str:
 
 
 def _in_fresh_process(setting: Setting, name: str) -> float:
-    model = "llama" if setting["vocabulary"] == PUBLISHED_LLAMA["vocabulary"] else "small"
-    sizes = [f"--{key}={setting[key]}" for key in ("width", "layers", "tokens", "rows", "rank")]
+    model = "llama" if setting["ffn"] else "small"
+    sizes = [f"--{key}={setting[key]}" for key in AXES]
     place = [f"--device={setting['device']}", f"--dtype={setting['dtype']}", f"--model={model}"]
     command = [sys.executable, __file__, "init", f"--memory-of={name}", *sizes, *place]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
@@ -485,8 +485,8 @@ def _resident(field: str) -> float:
 
 def _describe(setting: Setting) -> str:
     return (
-        "Llama, width {width}, {layers} layers, {rows} x {tokens} tokens, r = {rank}, {dtype} "
-        "on {device}".format(**setting)
+        "Llama, width {width}, {layers} layers, {rows} x {tokens} tokens, r = {rank}, vocabulary "
+        "{vocabulary}, {dtype} on {device}".format(**setting)
     )
 
 
@@ -503,6 +503,7 @@ def main() -> None:
     parser.add_argument("--tokens", default="256", help="per row, comma-separated")
     parser.add_argument("--rows", default="8", help="comma-separated")
     parser.add_argument("--rank", default="8", help="comma-separated")
+    parser.add_argument("--vocabulary", default="4096", help="comma-separated")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--threads", type=int, help="of PyTorch")

@@ -74,3 +74,13 @@ def test_an_adapter_on_another_device_than_its_layer_is_refused():
     adapted_layers(peft_model)[0].peft_layer.lora_A.cuda()
     with pytest.raises(lora_one.InputError, match=r"different devices \(cpu, cuda:0\)"):
         lora_one.initialize(peft_model, batches_for(), method="lora_one")
+
+
+def test_a_large_vocabulary_costs_no_memory():
+    model = adapted(tiny_llama(vocab_size=60_000)).cuda()
+    batches = batches_for(rows=(64,), length=64)
+    logits = 64 * 64 * 60_000 * 4
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    lora_one.initialize(model, batches, method="lora_one")
+    assert torch.cuda.max_memory_allocated() - before < logits / 4
