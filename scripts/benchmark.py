@@ -445,7 +445,7 @@ def settings(arguments: argparse.Namespace) -> Iterator[Setting]:
     """Yield every combination of the comma-separated sizes."""
     fixed = {"ffn": 0, "heads": 0}
     if arguments.model == "llama":
-        fixed = {name: PUBLISHED_LLAMA[name] for name in fixed}
+        fixed = PUBLISHED_LLAMA
         arguments.width, arguments.layers, arguments.vocabulary = "4096", "32", "32000"
     for values in itertools.product(*(getattr(arguments, name).split(",") for name in AXES)):
         sizes = dict(zip(AXES, map(int, values), strict=True))

@@ -1,12 +1,11 @@
 """Let the loss take the logits some tokens at a time, instead of all at once.
 
 With a vocabulary of 32,000, the logits of 8 x 1024 tokens and what cross-entropy keeps beside them
-take 4 GB in fp32, more than everything else in the init batch's passes. Here the head's output is a
-promise: a tensor that knows the hidden states and the head. Where the model hands it to
-``cross_entropy`` as it is, as transformers' language models do, the loss and its gradient in the
-hidden states are computed chunk by chunk, and tokens whose labels are ignored cost nothing. At any
-other use (soft capping, scaling, a loss of one's own) the promise is kept: the logits are computed,
-and the model goes on with them as ever.
+take 4 GB in fp32. Here the head's output is a promise: a tensor that knows the hidden states and
+the head. Where the model hands it to ``cross_entropy`` as it is, as transformers' language models
+do, the loss and its gradient in the hidden states are computed chunk by chunk, and tokens whose
+labels are ignored cost nothing. At any other use (soft capping, scaling, a loss of one's own) the
+promise is kept: the logits are computed, and the model goes on with them as ever.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -90,7 +89,7 @@ class PromisedLogits(Tensor):
     @classmethod
     def __torch_dispatch__(cls, function: Callable[..., Any], *rest: Any) -> Any:
         # Below autograd, where keeping the promise would cut the graph. No Python code gets here.
-        raise NotImplementedError(f"{function} met logits that were only promised.")
+        raise RuntimeError(f"{function} met logits that were only promised.")
 
 
 def _keep(value: Any) -> Any:

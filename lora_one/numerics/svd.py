@@ -146,9 +146,9 @@ def subspace_error(S: np.ndarray, residuals: np.ndarray, rank: int) -> float:
 
     because two directions inside the basis only meet by way of Q' (Nakatsukasa, "Sharp error
     bounds for Ritz vectors and approximate singular vectors", 2020). The usual
-    ``|c_i| / (σ_r² - σ_{r+1}²)`` (Davis and Kahan) is ten times as large where σ_{r+1} is close.
+    ``|c_i| / (σ_r² - σ_{r+1}²)`` (Davis and Kahan) is far larger where σ_{r+1} is close.
     σ_out, the norm of M outside the basis, is unknown. It is taken to be the Ritz value a quarter
-    down the basis; on gradients the true one was never above that, on noise by a tenth.
+    down the basis: an estimate, not a bound, because random blocks can miss a direction.
 
     Args:
         S: (k,), Ritz values σ, descending, fp64.
@@ -204,20 +204,22 @@ def _krylov(
         if end < min(look, columns):  # a look costs O(end³), a block without one little
             continue
         # In fp64, because P Pᵀ holds squares: fp32 would blur σ below 1e-3 σ_0. Small from here on:
-        # on the CPU, and in NumPy, whose calls take a tenth of PyTorch's time.
+        # on the CPU, and in NumPy, whose calls cost less than PyTorch's.
         wide = P[:end].double()
         squares, vectors = torch.linalg.eigh((wide @ wide.mT).cpu())
         S = np.sqrt(np.maximum(squares.numpy()[::-1], 0.0))
         W = np.ascontiguousarray(vectors.numpy()[:, ::-1])
         residuals = R @ W[-WIDTH:]
-        error = subspace_error(S, residuals, rank)
+        error = min(subspace_error(S, residuals, rank), 1.0)
         floor = max(S[0], np.finfo(S.dtype).tiny) * eps
         relative = residuals[:, :rank] / np.maximum(S[:rank], floor)
         enough = error <= tolerance or np.linalg.norm(relative) <= 8 * floor
-        if float(processes.agree(M.new_tensor([float(enough)]))) > 0:
+        # A block of vectors makes the error smaller by about 10. Processes look in step.
+        more = 0 if enough else max(1, round(math.log10(error / tolerance)))
+        more = int(processes.agree(M.new_tensor([float(more)])))
+        if more == 0:
             break
-        # A block of vectors makes the error smaller by about 10.
-        look = end + WIDTH * max(1, round(math.log10(error / tolerance)))
+        look = end + WIDTH * more
     W_r = torch.from_numpy(W[:, :rank]).to(wide)
     # P Wᵀ = S Vᵀ with orthogonal rows; QR normalises them, and completes them where S = 0.
     V, R = torch.linalg.qr((wide.mT @ W_r).to(M))
@@ -229,12 +231,12 @@ def _krylov(
         sketch -= basis @ (basis.mT @ sketch)
         norm = math.sqrt(np.vdot(S, S) + float(sketch.double().square().sum()) / WIDTH)
     S_r = torch.from_numpy(S[:rank]).to(M)
-    return TruncatedSVD(basis @ W_r.to(M), S_r, V.mT, float(S[rank]), min(error, 1.0), norm)
+    return TruncatedSVD(basis @ W_r.to(M), S_r, V.mT, float(S[rank]), error, norm)
 
 
 def _product(M: Tensor, X: Tensor) -> Tensor:
     """Return ``M X`` (m, b) for a thin X (n, b), reading M along the rows of its memory.
 
-    BLAS takes two to five times as long for the other of the two ways.
+    BLAS can take five times as long for the other of the two ways.
     """
     return M @ X if M.is_contiguous() else (X.mT @ M.mT).mT

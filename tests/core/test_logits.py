@@ -15,7 +15,7 @@ from lora_one.gradients import logits
 from lora_one.gradients.logits import PromisedLogits, promised_logits
 from lora_one.gradients.restore import left_as_found
 
-from .tiny import VOCABULARY, adapted, batches_for, tiny_gpt2, tiny_llama, tiny_t5
+from .tiny import SIZES, VOCABULARY, adapted, batches_for, tiny_gpt2, tiny_llama, tiny_t5
 
 
 class LargestTensor(TorchDispatchMode):
@@ -30,29 +30,19 @@ class LargestTensor(TorchDispatchMode):
         return out
 
 
-def problem(dtype=torch.float64, bias=True, tokens=23):
+def problem(dtype=torch.float64, bias=True):
     """Hidden states, a frozen head, and labels of which some are ignored."""
     torch.manual_seed(0)
     head = nn.Linear(16, VOCABULARY, bias=bias, dtype=dtype).requires_grad_(False)
-    hidden = torch.randn(tokens, 16, dtype=dtype, requires_grad=True)
-    target = torch.randint(0, VOCABULARY, (tokens,))
+    hidden = torch.randn(23, 16, dtype=dtype, requires_grad=True)
+    target = torch.randint(0, VOCABULARY, (23,))
     target[::5] = -100
     return hidden, head, target
 
 
 def tiny(kind, **sizes):
     torch.manual_seed(0)
-    small = {
-        "vocab_size": VOCABULARY,
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": 8,
-        "pad_token_id": 0,
-    }
-    config = getattr(transformers, f"{kind}Config")(**small, **sizes)
+    config = getattr(transformers, f"{kind}Config")(**SIZES, head_dim=8, pad_token_id=0, **sizes)
     return getattr(transformers, f"{kind}ForCausalLM")(config)
 
 

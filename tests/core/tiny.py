@@ -9,20 +9,22 @@ from peft import LoraConfig, get_peft_model
 VOCABULARY = 61
 
 
+SIZES = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "tie_word_embeddings": False,
+    "initializer_range": 0.1,
+}
+
+
 def tiny_llama(**changes):
     torch.manual_seed(0)
-    sizes = {
-        "vocab_size": VOCABULARY,
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 64,
-        "tie_word_embeddings": False,
-        "initializer_range": 0.1,
-    }
-    config = transformers.LlamaConfig(**{**sizes, **changes})
+    config = transformers.LlamaConfig(**{**SIZES, **changes})
     return transformers.LlamaForCausalLM(config).eval()
 
 
