@@ -33,7 +33,12 @@ EXTRA_OF = {
 }
 # Imports whose distribution has another name, or comes with another one.
 NAME_OF = {"PIL": "pillow", "hydra": "hydra-core", "sklearn": "scikit-learn", "yaml": "pyyaml"}
-COMES_WITH = {"huggingface-hub": "peft", "pydantic-core": "pydantic", "safetensors": "peft"}
+COMES_WITH = {
+    "huggingface-hub": "peft",
+    "numpy": "peft",
+    "pydantic-core": "pydantic",
+    "safetensors": "peft",
+}
 # Imported inside functions only, where a user asks for them by name; no extra installs them.
 BROUGHT_BY_THE_USER = {"deepspeed", "vllm"}
 
