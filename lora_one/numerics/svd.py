@@ -51,7 +51,7 @@ class TruncatedSVD(NamedTuple):
     Attributes:
         U: (m, rank), orthonormal columns.
         S: (rank,), descending.
-        Vh: (rank, n), orthonormal rows.
+        Vh: (rank, n), orthonormal rows; the largest entry of each is positive.
         next_value: the next singular value, 0 where there is none.
         error: estimated sine of the angle to the exact singular subspaces, root mean square over
             the triplets; it bounds the relative error of ``U diag(S) Vh`` in the Frobenius norm,
@@ -122,12 +122,13 @@ def truncated_svd(
         U, S, Vh = torch.linalg.svd(M, full_matrices=False)
         following = float(S[rank]) if rank < side else 0.0
         norm = None if summands is None else float(S.norm())
-        return TruncatedSVD(U[:, :rank], S[:rank], Vh[:rank], following, 0.0, norm)
+        svd = TruncatedSVD(U[:, :rank], S[:rank], Vh[:rank], following, 0.0, norm)
+        return _with_signs(svd)
     generator = private_generator(0) if generator is None else generator
     if m > n:  # the basis lives on the shorter side
         V, S, Uh, *rest = _krylov(M.mT, rank, tolerance, generator, summands)
-        return TruncatedSVD(Uh.mT, S, V.mT, *rest)
-    return _krylov(M, rank, tolerance, generator, summands)
+        return _with_signs(TruncatedSVD(Uh.mT, S, V.mT, *rest))
+    return _with_signs(_krylov(M, rank, tolerance, generator, summands))
 
 
 def expected_columns(rank: int) -> int:
@@ -166,6 +167,17 @@ def subspace_error(S: np.ndarray, residuals: np.ndarray, rank: int) -> float:
     Y = residuals[:, rank:] / np.maximum(squares[rank - 1] - squares[rank:], smallest)
     Z = Y.T @ X
     return math.sqrt((np.vdot(X, X) + np.vdot(Z, Z)) / rank)
+
+
+def _with_signs(svd: TruncatedSVD) -> TruncatedSVD:
+    """Choose between (u_i, v_i) and (-u_i, -v_i), which LAPACK leaves to rounding errors.
+
+    Two ranks would otherwise start some columns of the factors with the other sign than one
+    process does.
+    """
+    largest = svd.Vh.gather(1, svd.Vh.abs().argmax(1, keepdim=True))
+    signs = torch.where(largest < 0, -1.0, 1.0)
+    return svd._replace(U=svd.U * signs.mT, Vh=svd.Vh * signs)
 
 
 def _krylov(

@@ -91,6 +91,19 @@ def test_decomposition_is_repeatable_and_leaves_the_global_generator_alone():
     assert torch.equal(torch.get_rng_state(), before)
 
 
+@pytest.mark.parametrize("shape", [(90, 60), (200, 150), (150, 200)])
+def test_signs_belong_to_the_matrix_and_not_to_the_way_it_is_decomposed(shape):
+    """Rows in another order, or all negated, change U accordingly and nothing else."""
+    values = [1.2**-i for i in range(40)]
+    matrix, *_ = known_spectrum(*shape, values, dtype=torch.float32)
+    svd = truncated_svd(matrix, 6)
+    for seed in range(4):
+        order = torch.randperm(shape[0], generator=private_generator(seed))
+        moved = truncated_svd(-matrix[order], 6, generator=private_generator(seed))
+        torch.testing.assert_close(moved.Vh, svd.Vh, atol=2e-3, rtol=0)
+        torch.testing.assert_close(moved.U, -svd.U[order], atol=2e-3, rtol=0)
+
+
 def test_zero_and_rank_deficient_matrices_decompose():
     U, S, Vh, *_ = truncated_svd(torch.zeros(200, 150), 4)
     assert S.abs().max() == 0
