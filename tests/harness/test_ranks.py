@@ -202,7 +202,7 @@ def torchrun(command: list[str]) -> subprocess.CompletedProcess:
 def test_two_ranks_end_where_one_process_with_the_same_global_batch_ends(overrides, tmp_path):
     # AdamW's first steps are sign-like: they would amplify the last bits of a gradient that is
     # nearly zero, in which sums in another order differ. A larger eps leaves them as they are.
-    sweep = ["-m", "init=lora_one,lora_ga,pissa", *overrides]
+    sweep = ["-m", "init=lora_one,pissa", *overrides]
     sweep += ["model.learning_rate=1e-3", "optimizer.eps=1e-5", "diagnostics.layers=1"]
     alone, tasks, ranks = (tmp_path / name for name in ("alone", "srun", "torchrun"))
 
@@ -219,11 +219,11 @@ def test_two_ranks_end_where_one_process_with_the_same_global_batch_ends(overrid
     launched = torchrun([*command(ranks), "init=lora_one"])
     assert (main.status, other.status, launched.returncode) == (0, 0, 0), main.err + launched.stderr
     assert other.out == ""
-    assert main.out.count("2 rows x 2 accumulation x 2 ranks = 8") == 3
-    assert main.out.count("done: accuracy") == 3
+    assert main.out.count("2 rows x 2 accumulation x 2 ranks = 8") == 2
+    assert main.out.count("done: accuracy") == 2
     assert launched.stdout.count("done: accuracy") == 1
     expected = read(alone)
-    for place, count in ((tasks, 3), (ranks, 1)):
+    for place, count in ((tasks, 2), (ranks, 1)):
         found = read(place)
         assert len(found) == count
         for method, record in found.items():

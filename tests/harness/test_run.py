@@ -223,8 +223,10 @@ with torch.no_grad():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("architecture", ["causal", "seq2seq"])
-@pytest.mark.parametrize("overrides", [["init=lora_ga"], ["init=pissa", "peft=dora"]])
+@pytest.mark.parametrize(
+    ("architecture", "overrides"),
+    [("causal", ["init=lora_ga"]), ("seq2seq", ["init=pissa", "peft=dora"])],
+)
 def test_a_fresh_process_with_plain_peft_has_the_trained_models_logits(
     small, run, request, tmp_path, monkeypatch, architecture, overrides
 ):
