@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.utils._pytree import tree_map_only
 
 CHUNK = 8_000_000
 """Logits at a time: 32 MB in fp32, the most that the C library reuses without new pages."""
@@ -34,18 +35,53 @@ def promised_logits(model: nn.Module) -> Iterator[None]:
     if head is None:
         yield
         return
-    head.forward = lambda hidden: _promise(head, hidden)
+    head.forward = lambda hidden: _forward(head, hidden)
     try:
         yield
     finally:
         del head.forward
 
 
-def _promise(head: nn.Linear, hidden: Tensor) -> Tensor:
+def _forward(head: nn.Linear, hidden: Tensor) -> Tensor:
     autocast = torch.is_autocast_enabled(hidden.device.type)
     if autocast or hidden.dtype != head.weight.dtype:
         return nn.Linear.forward(head, hidden)
-    return PromisedLogits(hidden, head)
+    return promise(hidden, head)
+
+
+def promise(hidden: Tensor, head: nn.Linear, dtype: torch.dtype | None = None) -> "PromisedLogits":
+    """Promise the head's output for hidden states (..., d), converted to ``dtype``."""
+    return _Promise.apply(hidden, head, dtype)
+
+
+class _Promise(torch.autograd.Function):
+    """Ties a promise to its hidden states, for what autograd sees of it and Python does not.
+
+    So it is with a loss that is itself an ``autograd.Function``, as fused ones are.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, head: nn.Linear, dtype: torch.dtype | None
+    ) -> "PromisedLogits":
+        ctx.weight = head.weight
+        return PromisedLogits(hidden, head, hidden.dtype if dtype is None else dtype)
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        return grad_output.to(ctx.weight.dtype) @ ctx.weight, None, None
+
+
+class _Keep(torch.autograd.Function):
+    """The logits of a promise. Saves nothing, so that a checkpointed loss may be the first look."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: "PromisedLogits") -> Tensor:
+        return nn.Linear.forward(logits.head, logits.hidden).to(logits.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> Tensor:
+        return grad_output
 
 
 class PromisedLogits(Tensor):
@@ -56,15 +92,12 @@ class PromisedLogits(Tensor):
     kept: Tensor | None
 
     @staticmethod
-    def __new__(
-        cls: type, hidden: Tensor, head: nn.Linear, dtype: torch.dtype | None = None
-    ) -> "PromisedLogits":
-        """Promise the head's output for hidden states (..., d), converted to ``dtype``."""
+    def __new__(cls: type, hidden: Tensor, head: nn.Linear, dtype: torch.dtype) -> "PromisedLogits":
+        """Return a promise without a history; see ``promise``."""
         shape = (*hidden.shape[:-1], head.out_features)
-        dtype = hidden.dtype if dtype is None else dtype
-        promise = Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=hidden.device)
-        promise.hidden, promise.head, promise.kept = hidden, head, None
-        return promise
+        new = Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=hidden.device)
+        new.hidden, new.head, new.kept = hidden, head, None
+        return new
 
     @classmethod
     def __torch_function__(
@@ -87,9 +120,18 @@ class PromisedLogits(Tensor):
         return function(*args, **{name: _keep(value) for name, value in kwargs.items()})
 
     @classmethod
-    def __torch_dispatch__(cls, function: Callable[..., Any], *rest: Any) -> Any:
-        # Below autograd, where keeping the promise would cut the graph. No Python code gets here.
-        raise RuntimeError(f"{function} met logits that were only promised.")
+    def __torch_dispatch__(
+        cls,
+        function: Callable[..., Any],
+        types: Sequence[type],
+        args: Sequence[Any] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        # Below autograd, which has seen the promise: its history is that of _Promise.
+        args, kwargs = tree_map_only(
+            PromisedLogits, lambda value: _keep(value).detach(), (args, kwargs or {})
+        )
+        return function(*args, **kwargs)
 
 
 def _keep(value: Any) -> Any:
@@ -99,20 +141,23 @@ def _keep(value: Any) -> Any:
     if not isinstance(value, PromisedLogits):
         return value
     if value.kept is None:
-        value.kept = nn.Linear.forward(value.head, value.hidden).to(value.dtype)
+        # With a history even where a metric without one is the first to look at them.
+        with torch.set_grad_enabled(value.hidden.requires_grad):
+            value.kept = _Keep.apply(value)
     return value.kept
 
 
-def _float(logits: PromisedLogits) -> PromisedLogits:
-    return PromisedLogits(logits.hidden, logits.head, torch.float32)
+def _float(logits: PromisedLogits, **options: Any) -> PromisedLogits | None:
+    return None if options else promise(logits.hidden, logits.head, torch.float32)
 
 
-def _view(logits: PromisedLogits, *shape: Any) -> PromisedLogits | None:
+def _view(logits: PromisedLogits, *shape: Any, **options: Any) -> PromisedLogits | None:
     sizes = shape[0] if len(shape) == 1 and isinstance(shape[0], (list, tuple)) else shape
-    if not isinstance(sizes[-1], int) or sizes[-1] != logits.head.out_features:
+    rows, last = sizes[:-1], sizes[-1:]
+    if options or tuple(last) != (logits.head.out_features,):
         return None
-    hidden = logits.hidden.reshape(*sizes[:-1], logits.hidden.shape[-1])
-    return PromisedLogits(hidden, logits.head, logits.dtype)
+    hidden = logits.hidden.reshape(*rows, logits.hidden.shape[-1])
+    return promise(hidden, logits.head, logits.dtype)
 
 
 def _cross_entropy(
@@ -205,8 +250,9 @@ def _frozen_head(model: nn.Module) -> nn.Linear | None:
         head._backward_hooks,
         head._backward_pre_hooks,
     )
-    compiled = any(module._compiled_call_impl is not None for module in (model, base, head))
+    ways = (model, base, head)
+    changed = any(m._compiled_call_impl is not None or "forward" in vars(m) for m in ways)
     sharded = hasattr(head.weight, "ds_id")
     trained = any(parameter.requires_grad for parameter in head.parameters())
-    left_alone = any(hooks) or "forward" in vars(head) or compiled or sharded or trained
+    left_alone = any(hooks) or changed or sharded or trained
     return None if left_alone else head

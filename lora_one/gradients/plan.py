@@ -99,10 +99,13 @@ def joined_batch(batches: Sequence[Batch], model: nn.Module) -> dict[str, Any] |
     """Return all rows as one batch, padded on the right, or None where that is not safe."""
     if any(set(batch) != set(batches[0]) for batch in batches):
         return None
+    for batch in batches:
+        if len({len(value) for value in batch.values() if _has_rows(value)}) > 1:
+            return None  # something is shared by the rows, such as position_ids (1, T)
     joined = {}
     for key in batches[0]:
         values = [batch[key] for batch in batches]
-        if not all(isinstance(value, Tensor) and value.ndim >= 1 for value in values):
+        if not all(map(_has_rows, values)):
             return None
         if len({value.shape[1:] for value in values}) == 1:
             joined[key] = torch.cat(values)
@@ -118,6 +121,10 @@ def joined_batch(batches: Sequence[Batch], model: nn.Module) -> dict[str, Any] |
             [pad(value, (0, length - value.shape[1]), value=fill) for value in values]
         )
     return joined
+
+
+def _has_rows(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.ndim >= 1
 
 
 def _groups(layers: Sequence[TargetLayer], budget: int) -> list[list[TargetLayer]]:

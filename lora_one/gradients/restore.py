@@ -1,9 +1,11 @@
 """A model is left exactly as it was found, also after an exception."""
 
+import random
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from functools import partial
 
+import numpy as np
 import torch
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -19,10 +21,11 @@ def left_as_found(
 ) -> Iterator[None]:
     """Lend the model: frozen, in the chosen mode, without cache, adapters inactive.
 
-    On leaving, the training mode of every module, ``requires_grad`` of every parameter,
-    ``config.use_cache``, the adapters' state and the global random numbers of CPU and GPUs are
-    those of before. Parameters' ``.grad`` is never touched, because no parameter requires one, and
-    bitsandbytes does not repack 4-bit weights inside, after which no gradient would pass them.
+    On leaving, the training mode of every module, ``requires_grad`` of every parameter, buffers
+    (running means), ``config.use_cache``, the adapters' state and the global random numbers of
+    CPU, GPUs, NumPy and ``random`` are those of before. Parameters' ``.grad`` is never touched,
+    because no parameter requires one, and bitsandbytes does not repack 4-bit weights inside, after
+    which no gradient would pass them.
 
     Args:
         model: a plain model or a ``PeftModel``.
@@ -39,6 +42,9 @@ def left_as_found(
     frozen = [(parameter, parameter.requires_grad) for parameter in parameters]
     config = getattr(model, "config", None)
     use_cache = getattr(config, "use_cache", None)
+    buffers = [
+        (m, k, b, b.clone()) for m in modules for k, b in m._buffers.items() if b is not None
+    ]
     cuda = sorted({p.device.index for p in parameters if p.device.type == "cuda"})
     is_peft = isinstance(model, PeftModel)
     if is_peft and any(isinstance(m, BaseTunerLayer) and m.merged for m in modules):
@@ -47,9 +53,11 @@ def left_as_found(
     repacking = [(m, m.support_avx512bf16_for_cpu) for m in modules if _may_repack(m)]
     off = model.disable_adapter() if is_peft and not adapters else nullcontext()
     try:
-        with torch.random.fork_rng(devices=cuda), off:
+        with torch.random.fork_rng(devices=cuda), _other_random_numbers(), off:
             if seed is not None:
                 torch.manual_seed(seed)
+                np.random.seed(seed % 2**32)
+                random.seed(seed)
             for parameter, _ in frozen:
                 parameter.requires_grad_(False)
             model.train(train)
@@ -63,10 +71,24 @@ def left_as_found(
             config.use_cache = use_cache
         for module, was_possible in repacking:
             module.support_avx512bf16_for_cpu = was_possible
+        for module, name, buffer, content in buffers:
+            with torch.no_grad():
+                module._buffers[name] = buffer.copy_(content)
         for module, training in modes:
             module.training = training
         for parameter, required in frozen:
             parameter.requires_grad_(required)
+
+
+@contextmanager
+def _other_random_numbers() -> Iterator[None]:
+    """Restore NumPy's and Python's global generators: models mask their input with them."""
+    of_numpy, of_python = np.random.get_state(), random.getstate()
+    try:
+        yield
+    finally:
+        np.random.set_state(of_numpy)
+        random.setstate(of_python)
 
 
 def _may_repack(module: nn.Module) -> bool:

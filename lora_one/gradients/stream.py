@@ -7,7 +7,7 @@ same order on every rank, so all ranks see the same gradients; unless the consum
 
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 
@@ -67,9 +67,15 @@ def stream_gradients(
             order on every rank, so that ``consume`` may add up over ranks what it makes of them.
 
     Raises:
-        InputError: for batches without anything to learn from (on any rank).
+        InputError: for batches without anything to learn from (on any rank), a model that returns
+            no loss, or under ``torch.inference_mode``.
         NonFiniteError: for a loss that is not finite.
     """
+    if torch.is_inference_mode_enabled():
+        raise InputError(
+            "no gradient can be taken under torch.inference_mode(); leave it first. Under "
+            "torch.no_grad() it can."
+        )
     counted = agreed_batches(model, batches)
     several = _largest_over_ranks(len(counted), model) > 1
     todo = plan(
@@ -198,7 +204,8 @@ class _Sums:
         if gradient_sum is None:
             place = self.device or next(layer.module.parameters()).device
             gradient_sum = torch.zeros(layer.shape, device=place)
-        self.deliver(name, gradient_sum)
+        with torch.autocast(gradient_sum.device.type, enabled=False):
+            self.deliver(name, gradient_sum)
 
 
 def _sweep(
@@ -230,7 +237,16 @@ def _sweep(
 
 def _loss(model: nn.Module, batch: Batch) -> Tensor:
     output = model(**batch)
-    loss = output["loss"] if isinstance(output, dict) else getattr(output, "loss", output[0])
+    if isinstance(output, Mapping):
+        loss = output.get("loss")
+    else:
+        loss = output[0] if isinstance(output, tuple) else getattr(output, "loss", output)
+    if not isinstance(loss, Tensor) or loss.numel() != 1:
+        base = model.get_base_model() if hasattr(model, "get_base_model") else model
+        raise InputError(
+            f"{type(base).__name__} returned no loss for a batch with labels; expected a model "
+            "with a head, such as one of AutoModelForCausalLM, which returns it as 'loss'."
+        )
     return loss.float() if loss.dtype in (torch.float16, torch.bfloat16) else loss
 
 

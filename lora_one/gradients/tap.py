@@ -31,7 +31,7 @@ class _Tap(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(x)
         ctx.name, ctx.consumer = name, consumer
-        return output.view_as(output)
+        return output.detach()  # not a view: the model may change its output in place
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
@@ -57,7 +57,8 @@ def tapped(
         anchors: dict[torch.device, Tensor] = {}
         for layer in layers:
             hook = _make_hook(layer.name, consumer, on_forward, anchors)
-            handle = layer.module.register_forward_hook(hook, with_kwargs=True)
+            # Before the user's own hooks, which may change what W x is for.
+            handle = layer.module.register_forward_hook(hook, prepend=True, with_kwargs=True)
             stack.callback(handle.remove)
         yield
 
@@ -89,7 +90,8 @@ def weight_gradient(x: Tensor, grad_output: Tensor) -> Tensor:
     if g.is_cuda and g.dtype == x.dtype and g.dtype in half:
         return torch.mm(g.T, x, out_dtype=torch.float32)
     dtype = torch.promote_types(torch.promote_types(g.dtype, x.dtype), torch.float32)
-    return g.T.to(dtype) @ x.to(dtype)
+    with torch.autocast(g.device.type, enabled=False):
+        return g.T.to(dtype) @ x.to(dtype)
 
 
 def _make_hook(

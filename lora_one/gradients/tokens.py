@@ -47,10 +47,17 @@ def checked_batches(model: nn.Module, batches: Iterable[Batch]) -> list[tuple[Ba
                 f"batch {index} has no labels (keys: {', '.join(batch)}); the gradient is that "
                 "of the training loss, so every batch needs them."
             )
+        if not isinstance(batch["labels"], Tensor):
+            raise InputError(
+                f"the labels of batch {index} are a {type(batch['labels']).__name__}; expected a "
+                "tensor."
+            )
         tokens = supervised_tokens(model, batch)
         total += 1
         if tokens:
-            counted.append((batch, tokens))
+            # What Trainer passes for its own accumulation: the loss would not be this batch's mean.
+            own = {k: v for k, v in batch.items() if k != "num_items_in_batch"}
+            counted.append((own, tokens))
     if not total:
         raise InputError("no batches were given; the gradient needs at least one.")
     if not counted:

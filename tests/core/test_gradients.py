@@ -1,10 +1,13 @@
 """The streamed gradient is autograd's weight gradient, and the model is left as it was found."""
 
+import random
 import warnings
 import weakref
 
+import numpy as np
 import pytest
 import torch
+import transformers
 from torch import nn
 
 import lora_one
@@ -210,6 +213,7 @@ def snapshot(model):
         "grads": [parameter.grad for parameter in model.parameters()],
         "cache": model.config.use_cache,
         "random": torch.get_rng_state().tolist(),
+        "random of others": (random.getstate(), repr(np.random.get_state(legacy=False))),
         "weights": [parameter.detach().clone() for parameter in model.parameters()],
         "disabled": [getattr(module, "disable_adapters", None) for module in model.modules()],
     }
@@ -243,6 +247,111 @@ def test_model_is_left_as_found(fails, wrapped, strategy, llama, llama_batches):
     assert_same(before, snapshot(model))
 
 
+class Convolved(nn.Module):
+    """Linear layers around what has running means and draws from NumPy and ``random``."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.norm = nn.Linear(8, 16), nn.BatchNorm1d(16)
+        self.last = nn.Linear(16, 3)
+
+    def forward(self, x, labels):
+        masked = x * torch.as_tensor(np.random.rand(*x.shape) < 0.5 + random.random() / 4)
+        hidden = torch.relu(self.norm(self.first(masked)))
+        return (nn.functional.cross_entropy(self.last(hidden), labels),)
+
+
+def images(rows=6):
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(rows, 8, generator=generator)
+    return {"x": x, "labels": torch.arange(rows) % 3}
+
+
+def test_running_means_and_every_generator_are_as_before_and_seeds_repeat():
+    model, batches = Convolved(), [images()]
+    np.random.seed(0)
+    before = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    generators = repr(np.random.get_state(legacy=False)), random.getstate()
+    first, second = (lora_one.estimate_gradients(model, batches, seed=5) for _ in range(2))
+    assert (repr(np.random.get_state(legacy=False)), random.getstate()) == generators
+    for name, buffer in model.named_buffers():
+        assert torch.equal(buffer, before[name]), name
+    assert_equal(first, second, 1e-12)
+    np.random.seed(1)
+    other = lora_one.estimate_gradients(model, batches)
+    assert not torch.equal(other["first"], first["first"])
+
+
+def test_a_layer_whose_output_the_model_changes_in_place_has_its_own_gradient():
+    model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(inplace=True), nn.Linear(16, 3))
+    model.forward = lambda x, labels: (
+        nn.functional.cross_entropy(nn.Sequential.forward(model, x), labels),
+    )
+    batch = images()
+    ours = lora_one.estimate_gradients(model, [batch])
+    model(**batch)[0].backward()
+    assert_equal(ours, {name: model.get_submodule(name).weight.grad for name in ("0", "2")}, 1e-6)
+
+
+def test_a_users_hook_on_the_output_counts_as_the_model(llama, llama_batches):
+    model = tiny_llama()
+    name = "model.layers.0.self_attn.q_proj"
+    model.get_submodule(name).register_forward_hook(lambda module, args, output: 2 * output)
+    ours = lora_one.estimate_gradients(model, llama_batches, target_modules=["q_proj"])
+    assert_equal(ours, autograd_gradients(model, llama_batches, ours), 1e-5)
+
+
+def test_autocast_is_the_models_and_gradients_are_summed_in_fp32(llama, llama_batches):
+    with torch.autocast("cpu", torch.bfloat16):
+        ours = lora_one.estimate_gradients(llama, llama_batches)
+        exact = autograd_gradients(llama, llama_batches, ours)
+    assert {gradient.dtype for gradient in ours.values()} == {torch.float32}
+    assert_equal(ours, exact, 1e-2)  # autograd's own are rounded to bf16 on the way
+
+
+def test_a_model_without_token_embeddings_has_gradients():
+    config = transformers.Wav2Vec2Config(
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        intermediate_size=48,
+        conv_dim=(16, 16),
+        conv_kernel=(4, 4),
+        conv_stride=(4, 4),
+        num_feat_extract_layers=2,
+        num_conv_pos_embeddings=4,
+        num_conv_pos_embedding_groups=2,
+        classifier_proj_size=16,
+        num_labels=3,
+        mask_time_prob=0.0,
+        layerdrop=0.0,
+    )
+    torch.manual_seed(0)
+    model = transformers.Wav2Vec2ForSequenceClassification(config)
+    batch = {"input_values": torch.randn(4, 320), "labels": torch.tensor([0, 1, 2, 0])}
+    ours = lora_one.estimate_gradients(
+        model, [batch], target_modules=["q_proj", "v_proj"], train=False
+    )
+    assert_equal(ours, autograd_gradients(model, [batch], ours), 1e-5)
+
+
+def test_the_count_that_trainer_passes_does_not_change_the_mean(llama, llama_batches):
+    total = sum(supervised_tokens(llama, batch) for batch in llama_batches)
+    counted = [{**batch, "num_items_in_batch": total} for batch in llama_batches]
+    ours = lora_one.estimate_gradients(llama, counted)
+    assert_equal(ours, lora_one.estimate_gradients(llama, llama_batches), 1e-6)
+    assert mean_loss(llama, counted) == pytest.approx(mean_loss(llama, llama_batches))
+
+
+def test_batches_whose_rows_share_something_are_not_joined(llama):
+    positions = torch.arange(12)[None]
+    batches = [{**batch, "position_ids": positions} for batch in batches_for(rows=(2, 3))]
+    layers = plain_layers(llama, "all-linear")
+    assert plan(llama, checked_batches(llama, batches), layers, budget=0).strategy == "groups"
+    ours = lora_one.estimate_gradients(llama, batches, strategy="auto", memory_budget=0)
+    assert_equal(ours, lora_one.estimate_gradients(llama, batches_for(rows=(2, 3))), 1e-5)
+
+
 def ids_of(batches):
     return batches[1]["input_ids"]
 
@@ -274,9 +383,30 @@ def test_bad_batches_are_refused(llama, llama_batches):
         ([no_labels], "batch 0 has no labels"),
         ([{**llama_batches[0], "labels": labels}], "none of the 1 batches supervises"),
         ([torch.zeros(2)], "batch 0 is a Tensor"),
+        ([{**llama_batches[0], "labels": [[1, 2]]}], "labels of batch 0 are a list"),
     ):
         with pytest.raises(lora_one.InputError, match=message):
             lora_one.estimate_gradients(llama, batches)
+    with pytest.raises(lora_one.InputError, match="LlamaModel returned no loss"):
+        lora_one.estimate_gradients(Headless(llama.config), llama_batches)
+
+
+class Headless(transformers.LlamaModel):
+    """Takes labels and makes nothing of them."""
+
+    def forward(self, labels=None, **inputs):
+        return super().forward(**inputs)
+
+
+Headless.__name__ = "LlamaModel"
+
+
+def test_gradients_are_taken_under_no_grad_and_refused_in_inference_mode(llama, llama_batches):
+    expected = lora_one.estimate_gradients(llama, llama_batches)
+    with torch.no_grad():
+        assert_equal(lora_one.estimate_gradients(llama, llama_batches), expected, 1e-7)
+    with torch.inference_mode(), pytest.raises(lora_one.InputError, match="inference_mode"):
+        lora_one.estimate_gradients(llama, llama_batches)
 
 
 def test_unknown_targets_are_refused_with_candidates(llama, llama_batches):

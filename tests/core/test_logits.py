@@ -9,10 +9,11 @@ from torch import nn
 from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.checkpoint import checkpoint
 
 import lora_one
 from lora_one.gradients import logits
-from lora_one.gradients.logits import PromisedLogits, promised_logits
+from lora_one.gradients.logits import PromisedLogits, promise, promised_logits
 from lora_one.gradients.restore import left_as_found
 
 from .tiny import SIZES, VOCABULARY, adapted, batches_for, tiny_gpt2, tiny_llama, tiny_t5
@@ -28,6 +29,29 @@ class LargestTensor(TorchDispatchMode):
         sizes = [leaf.numel() for leaf in tree_leaves(out) if isinstance(leaf, torch.Tensor)]
         self.numel = max(self.numel, *sizes, 0)
         return out
+
+
+class FusedLoss(torch.autograd.Function):
+    """Cross-entropy as fused kernels have it: Python sees the logits in the forward pass only."""
+
+    @staticmethod
+    def forward(ctx, logits, target):
+        counted = target != -100
+        target = target.clamp(min=0)[:, None]
+        ctx.save_for_backward(logits, target, counted)
+        return -logits.log_softmax(-1).gather(1, target)[counted].sum()
+
+    @staticmethod
+    def backward(ctx, grad_output):
+        logits, target, counted = ctx.saved_tensors
+        gradient = logits.softmax(-1).scatter_add(1, target, -torch.ones(len(target), 1))
+        return gradient * counted[:, None] * grad_output, None
+
+
+def after_a_metric(z, y):
+    with torch.no_grad():
+        assert z.argmax(-1).shape == y.shape
+    return functional.cross_entropy(z, y)
 
 
 def problem(dtype=torch.float64, bias=True):
@@ -52,7 +76,7 @@ def tiny(kind, **sizes):
 def test_chunks_of_any_size_give_the_loss_and_its_gradient(bias, reduction, rows, monkeypatch):
     monkeypatch.setattr(logits, "CHUNK", rows * VOCABULARY)
     hidden, head, target = problem(bias=bias)
-    loss = functional.cross_entropy(PromisedLogits(hidden, head), target, reduction=reduction)
+    loss = functional.cross_entropy(promise(hidden, head), target, reduction=reduction)
     exact = functional.cross_entropy(head(hidden), target, reduction=reduction)
     torch.testing.assert_close(loss, exact, rtol=1e-13, atol=0)
     (ours,) = torch.autograd.grad(3 * loss, hidden)
@@ -63,7 +87,7 @@ def test_chunks_of_any_size_give_the_loss_and_its_gradient(bias, reduction, rows
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_logits_are_widened_as_transformers_does(dtype):
     hidden, head, target = problem(dtype)
-    loss = functional.cross_entropy(PromisedLogits(hidden, head).float(), target)
+    loss = functional.cross_entropy(promise(hidden, head).float(), target)
     exact = functional.cross_entropy(head(hidden).float(), target)
     assert loss.dtype == torch.float32
     torch.testing.assert_close(loss, exact, rtol=1e-6, atol=0)
@@ -74,7 +98,7 @@ def test_half_precision_logits_are_widened_as_transformers_does(dtype):
 def test_far_apart_logits_neither_overflow_nor_vanish():
     hidden, head, target = problem(torch.float32)
     large = (hidden * 1e4).detach().requires_grad_()
-    loss = functional.cross_entropy(PromisedLogits(large, head), target)
+    loss = functional.cross_entropy(promise(large, head), target)
     torch.testing.assert_close(loss, functional.cross_entropy(head(large), target))
     assert loss > 1e3
 
@@ -93,15 +117,24 @@ def test_far_apart_logits_neither_overflow_nor_vanish():
         lambda z, y: functional.cross_entropy(z.view(-1, 1, VOCABULARY)[:, 0], y),
         lambda z, y: functional.cross_entropy(z.mul_(2), y) + z.sum(),
         lambda z, y: (z * z.requires_grad).sum(),
+        after_a_metric,
+        FusedLoss.apply,
+        lambda z, y: checkpoint(functional.cross_entropy, z, y, use_reentrant=True),
+        lambda z, y: checkpoint(FusedLoss.apply, z, y, use_reentrant=False),
+        lambda z, y: torch.vmap(lambda row: row.log_softmax(-1)[0])(z).sum(),
+        lambda z, y: functional.cross_entropy(z.view(size=(-1, VOCABULARY)), y),
+        lambda z, y: functional.cross_entropy(z.float(memory_format=torch.preserve_format), y),
     ],
 )
 def test_a_promise_is_kept_at_any_other_use(use):
     hidden, head, target = problem(torch.float32)
-    ours, theirs = use(PromisedLogits(hidden, head), target), use(head(hidden), target)
+    ours, theirs = use(promise(hidden, head), target), use(head(hidden), target)
     assert not isinstance(ours, PromisedLogits)
     torch.testing.assert_close(ours, theirs)
-    (ours,), (theirs,) = (torch.autograd.grad(value, hidden) for value in (ours, theirs))
-    torch.testing.assert_close(ours, theirs)
+    ours.backward()
+    gradient, hidden.grad = hidden.grad, None
+    theirs.backward()
+    torch.testing.assert_close(gradient, hidden.grad)
 
 
 @pytest.mark.parametrize(
