@@ -1,24 +1,26 @@
 """An initialisation that is paid once: same model, rows, options and code give the stored start.
 
 A sweep over learning rates or training seeds starts every run alike. The key is a hash of all
-that decides the start: a checksum of the base weights, every tensor of the init batches, the
-options, the adapted layers and the versions of this library and torch. Nothing is looked up by
-name, so a changed model under an old name is noticed.
+that decides the start: a checksum of the base weights, the model's configuration and dropout,
+every tensor of the init batches, the options, the adapted layers and the versions of this library
+and torch. Nothing is looked up by name, so a changed model under an old name is noticed.
 """
 
 import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from peft import PeftModel
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.modules.dropout import _DropoutNd
 
 import lora_one
 from lora_one.adapters.report import InitReport, LayerReport
@@ -42,20 +44,20 @@ def fingerprint(
         "versions": [lora_one.__version__, _source(), torch.__version__],
         "options": {**asdict(options), "dtype": str(options.dtype)},
         "layers": [[x.name, x.shape, x.r, x.s, str(x.A.dtype)] for x in layers],
+        "model": _architecture(peft_model.get_base_model()),
         "more": more,
     }
     digest.update(json.dumps(facts, sort_keys=True, default=str).encode())
     reshard(peft_model)
-    for name, parameter in peft_model.get_base_model().named_parameters():
+    base = peft_model.get_base_model()
+    for name, tensor in chain(base.named_parameters(), base.named_buffers()):
         if ".lora_" not in name:
-            values = own_part(parameter.detach()).flatten().double()
+            values = own_part(tensor.detach()).flatten().double()
             sums = (float(values.sum()), float(values.square().sum()), float(values[:1].sum()))
-            digest.update(f"{name} {tuple(parameter.shape)} {sums}".encode())
+            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} {sums}".encode())
     for batch in batches or ():
         for key in sorted(batch):
-            value = batch[key]
-            content = value.cpu().tolist() if isinstance(value, Tensor) else value
-            digest.update(f"{key} {content}".encode())
+            digest.update(f"{key} {_content(batch[key])}".encode())
     keys = _of_all_ranks(digest.hexdigest())
     return keys[0] if len(keys) == 1 else hashlib.sha256("".join(keys).encode()).hexdigest()
 
@@ -96,6 +98,30 @@ def store(peft_model: PeftModel, folder: Path, key: str, report: InitReport) -> 
             for new, file in ((new_state, state), (new_report, report_file)):
                 _sync(new)
                 new.replace(file)
+
+
+def _architecture(base: nn.Module) -> list[Any]:
+    """Return what decides the gradient besides tensors, as far as a model tells."""
+    config = getattr(base, "config", None)
+    settings = config.to_dict() if hasattr(config, "to_dict") else {}
+    settings = {name: value for name, value in settings.items() if name != "_name_or_path"}
+    dropout = [
+        (name, module.p)
+        for name, module in base.named_modules()
+        if isinstance(module, _DropoutNd) and ".lora_dropout" not in name
+    ]
+    return [type(base).__name__, settings, dropout]
+
+
+def _content(value: Any) -> Any:
+    """Return a value of a batch with every number of its tensors."""
+    if isinstance(value, Tensor):
+        return value.dtype, value.cpu().tolist()
+    if isinstance(value, Mapping):
+        return {name: _content(item) for name, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_content(item) for item in value]
+    return value
 
 
 def _of_all_ranks(value: Any) -> list[Any]:

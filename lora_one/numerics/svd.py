@@ -21,6 +21,8 @@ MAX_COLUMNS = 256
 SMALLEST_GAP = 0.05
 """Relative gap after the last triplet below which «the» rank-r part is not pinned down further."""
 
+LARGEST_EXPONENT = 40
+"""Beyond 2**±40, σ² and what is added to it come near the ends of fp32's range."""
 NEW_DIRECTION = 1e-3
 """Below this, relative to about σ_0², what a product adds to the basis is partly rounding."""
 
@@ -195,7 +197,14 @@ def _krylov(
     Q = torch.empty(columns, m, dtype=M.dtype, device=M.device).mT  # basis; a block is contiguous
     P = torch.empty(columns, n, dtype=M.dtype, device=M.device)  # Qᵀ M
     Omega = torch.randn(n, WIDTH, generator=generator, dtype=M.dtype).to(M.device)
-    block = processes.agree(torch.linalg.qr(whole(_product(M, Omega))).Q)
+    first = whole(_product(M, Omega))
+    exponent = math.frexp(float(first.abs().max()))[1]
+    if abs(exponent) > LARGEST_EXPONENT:
+        size = 2.0**exponent
+        svd = _krylov(M / size, rank, tolerance, generator, summands)
+        norm = None if svd.norm is None else size * svd.norm
+        return svd._replace(S=size * svd.S, next_value=size * svd.next_value, norm=norm)
+    block = processes.agree(torch.linalg.qr(first).Q)
     look = 2 * rank + 2 * WIDTH  # with fewer columns it is rarely enough
     for end in range(WIDTH, columns + 1, WIDTH):
         Q[:, end - WIDTH : end] = block

@@ -104,6 +104,17 @@ def test_signs_belong_to_the_matrix_and_not_to_the_way_it_is_decomposed(shape):
         torch.testing.assert_close(moved.U, -svd.U[order], atol=2e-3, rtol=0)
 
 
+@pytest.mark.parametrize("exponent", [-100, -60, 60, 100])
+def test_a_matrix_of_any_size_is_decomposed_as_well(exponent):
+    matrix, U, S, Vh = known_spectrum(200, 150, [1.3**-i for i in range(40)])
+    found = truncated_svd((matrix * 2.0**exponent).float(), 6)
+    values = found.S.double() * 2.0**-exponent
+    torch.testing.assert_close(values, S[:6], rtol=1e-5, atol=0)
+    assert found.next_value * 2.0**-exponent == pytest.approx(float(S[6]), rel=1e-2)
+    best = (U[:, :6] * S[:6]) @ Vh[:6]
+    assert relative((found.U * values) @ found.Vh.double() - best, best) < 1e-3
+
+
 def test_zero_and_rank_deficient_matrices_decompose():
     U, S, Vh, *_ = truncated_svd(torch.zeros(200, 150), 4)
     assert S.abs().max() == 0
@@ -252,6 +263,22 @@ def test_preconditioner_equals_a_float64_solve(dtype, relative_damping):
         (new_B, torch.linalg.solve(P_B + d_B * eye, g_B, left=False)),
     ):
         assert relative(new.double() - exact, exact) < tolerance
+
+
+@pytest.mark.parametrize("size", [1.0, 1e-10, 1e-16])
+def test_relative_damping_does_not_depend_on_the_size_of_the_factors(size):
+    A, B, g_A, g_B = pair(dtype=torch.float32)
+    small_A, small_B = size * A, size * B
+    new_A, new_B = precondition(small_A, small_B, g_A, g_B, 1e-6, relative=True)
+    A, B = small_A.double(), small_B.double()
+    eye = torch.eye(4, dtype=torch.float64)
+    for new, P, solve in (
+        (new_A, B.mT @ B, lambda P: torch.linalg.solve(P, g_A.double())),
+        (new_B, A @ A.mT, lambda P: torch.linalg.solve(P, g_B.double(), left=False)),
+    ):
+        d = 1e-6 * P.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None]
+        exact = solve(P + d * eye)
+        assert relative(new.double() - exact, exact) < 1e-5
 
 
 def test_undamped_step_is_invariant_in_the_product():
