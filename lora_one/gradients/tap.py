@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lora_one.errors import InputError
 from lora_one.layers import TargetLayer
 
 Consumer = Callable[[str, Tensor, Tensor], None]
@@ -103,6 +104,11 @@ def _make_hook(
     def hook(
         module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
     ) -> Tensor:
+        if not isinstance(output, Tensor):
+            raise InputError(
+                f"layer '{name}' returns a {type(output).__name__} instead of W x + b (a "
+                f"{type(module).__name__}); leave it out of the target modules."
+            )
         x = args[0] if args else next(iter(kwargs.values()))
         anchor = anchors.get(output.device)
         if anchor is None:

@@ -401,6 +401,20 @@ class Headless(transformers.LlamaModel):
 Headless.__name__ = "LlamaModel"
 
 
+class Router(nn.Linear):
+    """A linear layer by its class only."""
+
+    def forward(self, x):
+        return super().forward(x).topk(1)
+
+
+def test_a_layer_that_returns_something_else_than_w_x_is_named():
+    model = nn.Sequential(nn.Linear(8, 8), Router(8, 3))
+    model.forward = lambda x, labels: (nn.Sequential.forward(model, x)[0].sum(),)
+    with pytest.raises(lora_one.InputError, match=r"layer '1' returns a topk .*\(a Router\)"):
+        lora_one.estimate_gradients(model, [images()])
+
+
 def test_gradients_are_taken_under_no_grad_and_refused_in_inference_mode(llama, llama_batches):
     expected = lora_one.estimate_gradients(llama, llama_batches)
     with torch.no_grad():
