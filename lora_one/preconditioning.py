@@ -39,14 +39,15 @@ def precondition_pairs(pairs: list[Pair], reg: float, *, relative: bool = False)
 
 
 def _precondition_stacked(group: list[Pair], reg: float, relative: bool) -> None:
-    new_A, new_B = precondition(
-        torch.stack([A.detach() for A, _ in group]),
-        torch.stack([B.detach() for _, B in group]),
-        torch.stack([_gradient(A) for A, _ in group]),
-        torch.stack([_gradient(B) for _, B in group]),
-        reg,
-        relative=relative,
-    )
+    with torch.autocast(group[0][0].device.type, enabled=False):  # it would multiply in bf16
+        new_A, new_B = precondition(
+            torch.stack([A.detach() for A, _ in group]),
+            torch.stack([B.detach() for _, B in group]),
+            torch.stack([_gradient(A) for A, _ in group]),
+            torch.stack([_gradient(B) for _, B in group]),
+            reg,
+            relative=relative,
+        )
     present = [
         (factor.grad, value)
         for (A, B), a, b in zip(group, new_A, new_B, strict=True)

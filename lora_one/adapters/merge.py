@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from lora_one.adapters.checks import parameter_uses
 from lora_one.errors import InputError
 from lora_one.gradients.tokens import to_device
-from lora_one.layers import adapted_layers, is_quantised, model_device
+from lora_one.layers import base_name, check_adapter, is_linear, is_quantised, model_device
 
 
 @torch.no_grad()
@@ -33,28 +33,58 @@ def merge_adapter(
         peft_model: the trained model.
         batch: keyword arguments of the model; if given, its logits before and after the merge
             are compared.
-        adapter_name: which adapter.
+        adapter_name: which adapter; it need not be the active one, nor be switched on.
         dtype: of the merged model; fp32 loses nothing.
         tolerance: largest difference allowed between the logits, relative to the largest logit.
             A merge to bf16 needs about 1e-1.
 
     Raises:
-        InputError: for a quantised base.
+        InputError: for a quantised base, a model without the adapter, and an adapter with values
+            that are not finite.
         RuntimeError: if the logits differ by more than the tolerance.
     """
-    for layer in adapted_layers(peft_model, adapter_name):
-        if is_quantised(layer.module):
+    for name, layer in lora_layers(peft_model, adapter_name).items():
+        base = layer.get_base_layer()
+        if is_linear(base) and is_quantised(base):
             raise InputError(
-                f"layer '{layer.name}' is quantised; export the adapter and merge it into the "
+                f"layer '{name}' is quantised; export the adapter and merge it into the "
                 "unquantised base model."
             )
     peft_model.eval().float()
+    # The logits before and modules_to_save are those of the active adapter.
+    peft_model.base_model.enable_adapter_layers()
+    peft_model.set_adapter(adapter_name)
     before = None if batch is None else logits_of(peft_model, batch)
     _untie(peft_model)
-    merged = peft_model.merge_and_unload(safe_merge=True, adapter_names=[adapter_name]).to(dtype)
+    try:
+        merged = peft_model.merge_and_unload(safe_merge=True, adapter_names=[adapter_name])
+    except ValueError as error:  # PEFT's word for merged weights that are not finite
+        raise InputError(f"adapter '{adapter_name}' cannot be merged: {error}") from None
+    merged = merged.to(dtype)
     if before is not None:
         check_same_logits(before, logits_of(merged, batch), tolerance)
     return merged
+
+
+def lora_layers(peft_model: PeftModel, adapter_name: str = "default") -> dict[str, LoraLayer]:
+    """Return the layers that carry the named adapter, of any kind, by name in the base model.
+
+    Raises:
+        InputError: if the model has no such adapter or no such layer.
+    """
+    check_adapter(peft_model, adapter_name)
+    layers = {
+        base_name(name): module
+        for name, module in peft_model.get_base_model().named_modules()
+        if isinstance(module, LoraLayer)
+        and (adapter_name in module.lora_A or adapter_name in module.lora_embedding_A)
+    }
+    if not layers:
+        raise InputError(
+            f"no layer carries a LoRA adapter named '{adapter_name}'; expected one made from a "
+            "LoraConfig."
+        )
+    return layers
 
 
 @torch.no_grad()

@@ -8,16 +8,16 @@ from typing import Any
 
 import torch
 import transformers
+from huggingface_hub.errors import HFValidationError
 from peft import PeftModel
 from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
-from lora_one.adapters.merge import check_same_logits, logits_of, merge_adapter
+from lora_one.adapters.merge import check_same_logits, logits_of, lora_layers, merge_adapter
 from lora_one.adapters.stored import StoredAdapter
 from lora_one.errors import InputError, nearest
-from lora_one.layers import adapted_layers, other_adapted
-from lora_one.snapshots import fetch
+from lora_one.snapshots import explain, fetch
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # Of the logits, relative to the largest: weights rounded to 24, 11 and 8 bits.
@@ -114,7 +114,10 @@ def _base_folder(name: str, revision: str | None) -> Path:
     """Return where the base's small files lie, fetched from the hub unless they are here."""
     if Path(name).is_dir():
         return Path(name)
-    return fetch(name, "model", revision, ["config.json", *_TOKENIZER]).folder
+    try:
+        return fetch(name, "model", revision, ["config.json", *_TOKENIZER]).folder
+    except HFValidationError as error:  # offline, where the look into the cache needs an id
+        raise explain(name, "model", revision, error) from None
 
 
 def _load(adapter: StoredAdapter, name: str, revision: str | None) -> PreTrainedModel:
@@ -151,7 +154,7 @@ def _attach(adapter: StoredAdapter, model: PreTrainedModel, name: str) -> PeftMo
     except (RuntimeError, ValueError) as error:
         reason = " ".join(str(error).split())[:300]
         raise InputError(f"{adapter.path} does not fit the base model {name}: {reason}") from None
-    present = {layer.name for layer in adapted_layers(peft_model)} | set(other_adapted(peft_model))
+    present = set(lora_layers(peft_model))
     stored = {layer.name for layer in adapter.layers}
     if odd := sorted(present ^ stored):
         side = "model" if odd[0] in present else "adapter"

@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from lora_one.errors import NonFiniteError
+
 EPS_FALLBACK = 32
 """Rounding in a Gram matrix stays below a few eps times its trace; 32 leaves a margin."""
 
@@ -25,8 +27,9 @@ def damped_gram_factor(gram: Tensor, damping: float, *, relative: bool = False) 
     trace = gram.diagonal(dim1=-2, dim2=-1).sum(-1)[..., None, None]
     eps = torch.finfo(gram.dtype).eps
     if relative:
-        # A zero factor has no scale of its own: the smallest normal number keeps P invertible.
-        shift = (damping * trace / r).clamp(min=torch.finfo(gram.dtype).tiny ** 0.5)
+        # A zero factor has no scale of its own: the smallest normal number keeps P and its inverse
+        # finite. In fp32, where it is 1e-38, it is lost beside factors of 1e-16 and more.
+        shift = (damping * trace / r).clamp(min=torch.finfo(gram.dtype).tiny)
     else:
         shift = torch.full_like(trace, damping)
     P = gram + shift * eye
@@ -40,8 +43,19 @@ def damped_inverse(gram: Tensor, damping: float, *, relative: bool = False) -> T
     The matrices are r x r and the gradients they meet are r x thousands: one product with the
     inverse reads a gradient once, a solve reads it twice. For symmetric positive definite
     matrices the error bound is the same, eps times the condition number.
+
+    Raises:
+        NonFiniteError: for d = 0 and a matrix that is zero. On a GPU nothing waits for that
+            check, and the inverse is not finite.
     """
-    return torch.cholesky_inverse(damped_gram_factor(gram, damping, relative=relative))
+    L = damped_gram_factor(gram, damping, relative=relative)
+    try:
+        return torch.cholesky_inverse(L)
+    except torch.linalg.LinAlgError:
+        raise NonFiniteError(
+            f"a LoRA factor's Gram matrix is singular with damping {damping}: the factor is zero, "
+            "as B is at LoRA's own start. Give a positive damping (reg)."
+        ) from None
 
 
 def precondition(

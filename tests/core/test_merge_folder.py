@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
@@ -46,6 +47,7 @@ def largest(a, b):
     [
         (tiny_llama, {"task_type": "CAUSAL_LM", "use_rslora": True}, AutoModelForCausalLM),
         (tiny_llama, {"use_dora": True, "modules_to_save": ["lm_head"]}, AutoModelForCausalLM),
+        (tiny_llama, {"targets": ["embed_tokens"]}, AutoModelForCausalLM),
         (
             tiny_gpt2,
             {"task_type": "CAUSAL_LM", "targets": TARGETS["gpt2"], "fan_in_fan_out": True},
@@ -115,7 +117,11 @@ def test_a_merge_that_moves_the_logits_fails_and_leaves_nothing(folders, monkeyp
     assert sorted(out.parent.iterdir()) == before
 
 
-def test_what_cannot_be_merged_is_refused_in_one_message(folders, tmp_path, capsys):
+@pytest.mark.parametrize("offline", [False, True])
+def test_what_cannot_be_merged_is_refused_in_one_message(
+    offline, folders, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", offline)
     adapter, out, _ = folders(tiny_llama(), task_type="CAUSAL_LM")
     settings = json.loads((adapter / "adapter_config.json").read_text())
 
@@ -129,11 +135,17 @@ def test_what_cannot_be_merged_is_refused_in_one_message(folders, tmp_path, caps
 
     refused("give --base", base_model_name_or_path=None)
     refused("the adapter is for TOKEN_CLS; expected", task_type="TOKEN_CLS")
-    refused("neither a local folder nor the id of a model", "--base", "no such/base/at all")
+    for base in ("no such/base/at all", tmp_path / "none", "./none"):
+        refused("neither a local folder nor the id of a model", "--base", base)
     tiny_llama(num_hidden_layers=3).save_pretrained(tmp_path / "deeper")
     refused("'model.layers.2.mlp.down_proj' is in the model only", "--base", tmp_path / "deeper")
     tiny_llama(hidden_size=64).save_pretrained(tmp_path / "wider")
     refused("does not fit the base model", "--base", tmp_path / "wider")
+    weights = load_file(adapter / "adapter_model.safetensors")
+    save_file(
+        {k: v * float("nan") for k, v in weights.items()}, adapter / "adapter_model.safetensors"
+    )
+    refused("adapter 'default' cannot be merged: NaNs detected")
     (tmp_path / "base" / "model.safetensors").unlink()
     refused("cannot be loaded", "--base", tmp_path / "base")
     assert not out.exists()

@@ -236,6 +236,9 @@ def test_clipping_bounds_the_update_by_the_weight_and_else_changes_nothing():
     assert float((3.0 * clipped.B @ clipped.A).abs().max()) == pytest.approx(0.5)
     small = Factors(0.01 * factors.B, factors.A)
     assert torch.equal(clip_to_weight(small, W, s=3.0).B, small.B)
+    zero = Factors(torch.zeros(6, 2), factors.A)
+    for weight in (W, torch.zeros_like(W)):
+        assert torch.equal(clip_to_weight(zero, weight, s=3.0).A, zero.A)
 
 
 def pair(m=50, n=40, r=4, batch=3, dtype=torch.float64, seed=0):

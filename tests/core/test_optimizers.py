@@ -1,19 +1,21 @@
 """The preconditioned optimizer is its base optimizer on preconditioned gradients, nothing else."""
 
 import copy
+import io
 
 import pytest
 import torch
 import transformers
-from peft import AdaLoraConfig, get_peft_model
+from peft import AdaLoraConfig, LoraConfig, get_peft_model
 from peft.optimizers import create_riemannian_optimizer
+from peft.tuners.lora.config import BdLoraConfig
 
 import lora_one
 from lora_one.layers import adapted_layers
 from lora_one.optimizers import lora_pairs
 from lora_one.preconditioning import _precondition_stacked, precondition_pairs
 
-from .tiny import adapted, batches_for, perturb, tiny_llama
+from .tiny import SIZES, adapted, batches_for, perturb, tiny_llama
 
 
 def started(**options):
@@ -71,7 +73,10 @@ def test_equals_pefts_riemannian_at_equal_damping(optimizer_cls):
 
 @pytest.mark.parametrize("r", [1, 3, 4, 12])
 @pytest.mark.parametrize("stacked", [False, True])
-def test_each_gradient_equals_a_float64_solve_with_the_factors_before_the_step(r, stacked):
+@pytest.mark.parametrize("autocast", [False, True])
+def test_each_gradient_equals_a_float64_solve_with_the_factors_before_the_step(
+    r, stacked, autocast
+):
     model = started(r=r, targets=["q_proj", "lm_head"])  # lm_head has an odd number of rows
     model(**batches_for()[0]).loss.backward()
     expected = {}
@@ -83,11 +88,12 @@ def test_each_gradient_equals_a_float64_solve_with_the_factors_before_the_step(r
             torch.linalg.solve(a @ a.T + 1e-3 * eye, g_b, left=False),
         )
     pairs = list(lora_pairs(model).values())
-    if stacked:  # what GPUs use, one group per shape
-        _precondition_stacked(pairs[:2], 1e-3, relative=False)
-        _precondition_stacked(pairs[2:], 1e-3, relative=False)
-    else:
-        precondition_pairs(pairs, 1e-3)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        if stacked:  # what GPUs use, one group per shape
+            _precondition_stacked(pairs[:2], 1e-3, relative=False)
+            _precondition_stacked(pairs[2:], 1e-3, relative=False)
+        else:
+            precondition_pairs(pairs, 1e-3)
     for name, (A, B) in lora_pairs(model).items():
         for gradient, exact in ((A.grad, expected[name][0]), (B.grad, expected[name][1])):
             error = (gradient - exact).norm() / exact.norm()
@@ -236,6 +242,118 @@ def test_other_parameters_are_left_to_the_base_optimizer_and_named():
     assert count == len(optimizer.unpreconditioned) + 4
 
 
+def experts():
+    torch.manual_seed(0)
+    sizes = {**SIZES, "num_local_experts": 4, "num_experts_per_tok": 2}
+    base = transformers.MixtralForCausalLM(transformers.MixtralConfig(**sizes))
+    projections = [f"mlp.experts.{name}" for name in ("gate_up_proj", "down_proj")]
+    return get_peft_model(
+        base, LoraConfig(r=2, target_modules=["v_proj"], target_parameters=projections)
+    )
+
+
+def block_diagonal():
+    blocks = BdLoraConfig(
+        nblocks=2,
+        target_modules_bd_a=["o_proj"],
+        target_modules_bd_b=["q_proj"],
+        match_strict=False,
+    )
+    return adapted(tiny_llama(), targets=["q_proj", "o_proj", "v_proj"], use_bdlora=blocks)
+
+
+def mismatched():
+    """What a variant of LoRA with another product may hold: B has not A's rank."""
+    model = adapted(tiny_llama())
+    for name, module in model.named_modules():
+        if name.endswith(("q_proj.lora_B.default", "down_proj.lora_B.default")):
+            module.weight = torch.nn.Parameter(torch.ones(5, 3))
+    return model
+
+
+@pytest.mark.parametrize("make_model", [experts, block_diagonal, mismatched])
+def test_only_factors_whose_product_is_b_a_are_pairs(make_model):
+    model = make_model()
+    optimizer = lora_one.create_preconditioned_optimizer(model, torch.optim.AdamW, lr=1e-3)
+    assert all("v_proj" in name for name in lora_pairs(model))
+    assert len(optimizer.lora_pairs) == 2
+    others = {name for name in trainable(model) if "v_proj" not in name}
+    assert set(optimizer.unpreconditioned) == others
+
+
+def sharded(parameters):
+    """As FSDP2 and accelerate leave them: other tensors in the places of the parameters."""
+    return [torch.nn.Parameter(p.detach().clone()) for p in parameters]
+
+
+def flattened(parameters):
+    """As DeepSpeed ZeRO-1 and 2 leave them."""
+    return [torch.nn.Parameter(torch.cat([p.detach().flatten() for p in parameters]))]
+
+
+@pytest.mark.parametrize("replace", [sharded, flattened, lambda parameters: parameters[1:]])
+def test_a_step_without_the_factors_of_the_pairs_is_refused(replace):
+    optimizer = lora_one.create_preconditioned_optimizer(started(), torch.optim.AdamW, lr=1e-3)
+    group = optimizer.param_groups[0]
+    group["params"] = replace(group["params"])
+    with pytest.raises(lora_one.InputError, match="no longer holds the LoRA factors"):
+        optimizer.step()
+    optimizer.preconditioned = False
+    optimizer.step()
+
+
+def test_the_pairs_may_be_spread_over_groups():
+    model = started()
+    optimizer = lora_one.create_preconditioned_optimizer(model, torch.optim.SGD, lr=1e-2)
+    whole = optimizer.param_groups.pop()["params"]
+    for parameters in (whole[::2], whole[1::2]):
+        optimizer.add_param_group({"params": parameters})
+    train(model, optimizer, 1)
+    other = started()
+    train(other, lora_one.create_preconditioned_optimizer(other, torch.optim.SGD, lr=1e-2), 1)
+    assert_bitwise(trainable(model), trainable(other))
+
+
+def test_hooks_of_a_step_run_once_whatever_was_made_before():
+    torch.optim.AdamW([torch.nn.Parameter(torch.ones(1))])  # torch wraps the class's step now
+    model = started()
+    optimizer = lora_one.create_preconditioned_optimizer(model, torch.optim.AdamW, lr=1e-3)
+    torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)  # wraps the instance's step
+    runs = []
+    optimizer.register_step_pre_hook(lambda *_: runs.append("before"))
+    optimizer.register_step_post_hook(lambda *_: runs.append("after"))
+    train(model, optimizer, 1)
+    assert runs == ["before", "after"]
+
+
+def pickled(value):
+    file = io.BytesIO()
+    torch.save(value, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, pickled])
+def test_a_copy_of_model_and_optimizer_trains_like_them(copied):
+    model = started()
+    make = lora_one.create_preconditioned_optimizer
+    optimizer = make(model, torch.optim.AdamW, lr=1e-2, reg=1e-3, relative=True)
+    train(model, optimizer, 2)
+    twin, twins_optimizer = copied((model, optimizer))
+    before = copy.deepcopy(trainable(model))
+    train(twin, twins_optimizer, 2)
+    assert_bitwise(trainable(model), before)
+    train(model, optimizer, 2)
+    assert_bitwise(trainable(twin), trainable(model))
+
+
+def test_without_damping_a_zero_factor_is_named():
+    model = adapted(tiny_llama())
+    optimizer = lora_one.create_preconditioned_optimizer(model, torch.optim.SGD, lr=1e-3, reg=0.0)
+    with pytest.raises(lora_one.errors.NonFiniteError, match="the factor is zero"):
+        train(model, optimizer, 1)
+
+
 def test_schedulers_see_the_base_optimizer():
     optimizer = lora_one.create_preconditioned_optimizer(started(), torch.optim.AdamW, lr=1.0)
     assert isinstance(optimizer, torch.optim.AdamW)
@@ -252,10 +370,11 @@ def test_errors_are_those_of_peft():
         make(model, torch.nn.Linear, lr=1e-3)
     with pytest.raises(ValueError, match="requires a closure"):
         make(model, torch.optim.LBFGS, lr=1e-3)
-    with pytest.raises(ValueError, match="no trainable lora_A/lora_B pairs"):
+    with pytest.raises(ValueError, match=r"no trainable lora_A/lora_B pairs.*is_trainable=True"):
         make(tiny_llama(), torch.optim.AdamW, lr=1e-3)
-    with pytest.raises(ValueError, match="must not be negative"):
-        make(model, torch.optim.AdamW, lr=1e-3, reg=-1.0)
+    for reg in (-1.0, float("inf"), float("nan")):
+        with pytest.raises(ValueError, match="must not be negative, infinite or NaN"):
+            make(model, torch.optim.AdamW, lr=1e-3, reg=reg)
     with pytest.raises(ValueError, match="does not support closures"):
         make(model, torch.optim.AdamW, lr=1e-3).step(lambda: None)
     adalora = get_peft_model(
