@@ -8,12 +8,14 @@ import torch
 from peft import PeftModel
 from peft.tuners.adalora import AdaLoraLayer
 from peft.tuners.lora import LoraLayer
+from peft.tuners.lora.layer import MultiheadAttention
+from peft.utils.constants import SEQ_CLS_HEAD_NAMES
 from peft.utils.integrations import dequantize_module_weight
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from lora_one.errors import InputError, nearest
-from lora_one.sharding import is_cut, overwrite, whole
+from lora_one.sharding import is_cut, overwrite, own_part, whole
 
 _WRAPPERS = re.compile(r"(_fsdp_wrapped_module|_orig_mod|_checkpoint_wrapped_module)\.")
 
@@ -122,21 +124,18 @@ def base_name(name: str) -> str:
 def adapted_layers(peft_model: PeftModel, adapter_name: str = "default") -> list[AdaptedLayer]:
     """Return the linear layers that carry the named LoRA adapter, in the model's order.
 
-    Embeddings, convolutions and AdaLoRA layers are not among them; see ``other_adapted``.
+    Embeddings, convolutions, AdaLoRA layers and what ``dependent_layers`` finds are not among them;
+    see ``other_adapted``.
 
     Raises:
         InputError: if the model has no such adapter or no such layer.
     """
     check_adapter(peft_model, adapter_name)
     layers = []
-    for name, module in peft_model.get_base_model().named_modules():
-        if not isinstance(module, LoraLayer) or isinstance(module, AdaLoraLayer):
-            continue
-        base = module.get_base_layer()
-        if adapter_name in module.lora_A and is_linear(base):
-            layers.append(
-                AdaptedLayer(base_name(name), base, linear_shape(base), module, adapter_name)
-            )
+    for name, module, plain in _lora_layers(peft_model, adapter_name):
+        if plain:
+            base = module.get_base_layer()
+            layers.append(AdaptedLayer(name, base, linear_shape(base), module, adapter_name))
     if not layers:
         candidates = [name for name, module in _linears(peft_model.get_base_model())]
         raise InputError(
@@ -147,16 +146,27 @@ def adapted_layers(peft_model: PeftModel, adapter_name: str = "default") -> list
 
 
 def other_adapted(peft_model: PeftModel, adapter_name: str = "default") -> list[str]:
-    """Return the names of adapted layers that keep PEFT's own start: embeddings, convolutions."""
-    names = []
-    for name, module in peft_model.get_base_model().named_modules():
-        if not isinstance(module, LoraLayer):
-            continue
-        plain = adapter_name in module.lora_A and is_linear(module.get_base_layer())
-        plain = plain and not isinstance(module, AdaLoraLayer)
-        if not plain and (adapter_name in module.lora_A or adapter_name in module.lora_embedding_A):
-            names.append(base_name(name))
-    return names
+    """Return the names of the other adapted layers, which keep PEFT's own start."""
+    return [name for name, _, plain in _lora_layers(peft_model, adapter_name) if not plain]
+
+
+def dependent_layers(peft_model: PeftModel, adapter_name: str) -> set[nn.Module]:
+    """Return the adapted linear layers whose start and rank are another layer's.
+
+    These are the output projection of ``nn.MultiheadAttention``, which PEFT adapts like the
+    in-projection and which is never called, so that no gradient is seen; and a head whose factors
+    are those of the embedding, transposed (``ensure_weight_tying``).
+    """
+    modules = [x for x in peft_model.modules() if isinstance(x, LoraLayer)]
+    found = {x.get_base_layer().out_proj for x in modules if isinstance(x, MultiheadAttention)}
+    embedded = {
+        own_part(x.lora_embedding_A[adapter_name]).data_ptr()
+        for x in modules
+        if adapter_name in x.lora_embedding_A
+    } - {0}  # a tensor that holds nothing here
+    linear = [x for x in modules if embedded and adapter_name in x.lora_B]
+    found |= {x for x in linear if own_part(x.lora_B[adapter_name].weight).data_ptr() in embedded}
+    return found
 
 
 def plain_layers(model: nn.Module, target_modules: Collection[str] | str) -> list[TargetLayer]:
@@ -165,14 +175,15 @@ def plain_layers(model: nn.Module, target_modules: Collection[str] | str) -> lis
     Args:
         model: without adapters.
         target_modules: a list of names or endings, a regular expression for the whole name, or
-            ``"all-linear"`` for every linear layer but the output embedding.
+            ``"all-linear"`` for every linear layer but the output embedding, or a sequence
+            classifier's head.
 
     Raises:
         InputError: if nothing matches.
     """
     linears = list(_linears(model))
     if target_modules == "all-linear":
-        head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+        head = _head(model)
         chosen = [(name, module) for name, module in linears if module is not head]
     elif isinstance(target_modules, str):
         chosen = [pair for pair in linears if re.fullmatch(target_modules, pair[0])]
@@ -204,6 +215,27 @@ def check_adapter(peft_model: PeftModel, adapter_name: str) -> None:
         )
 
 
+def _lora_layers(peft_model: PeftModel, adapter_name: str) -> Iterable[tuple[str, LoraLayer, bool]]:
+    """Yield name and module of each adapted layer, and whether it is a plain linear one."""
+    dependent = dependent_layers(peft_model, adapter_name)
+    for name, module in peft_model.get_base_model().named_modules():
+        if not isinstance(module, LoraLayer):
+            continue
+        plain = adapter_name in module.lora_A and is_linear(module.get_base_layer())
+        plain = plain and not isinstance(module, AdaLoraLayer) and module not in dependent
+        if adapter_name in module.lora_A or adapter_name in module.lora_embedding_A:
+            yield base_name(name), module, plain
+
+
+def _head(model: nn.Module) -> nn.Module | None:
+    """Return the layer that PEFT leaves out of ``"all-linear"``, if there is one."""
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    if head is None and type(model).__name__.endswith("ForSequenceClassification"):
+        heads = (getattr(model, name, None) for name in SEQ_CLS_HEAD_NAMES)
+        head = next((head for head in heads if head is not None), None)
+    return head
+
+
 def _linears(model: nn.Module) -> Iterable[tuple[str, nn.Module]]:
     for name, module in model.named_modules():
         if is_linear(module) and ".lora_" not in name:
@@ -217,6 +249,8 @@ def _some(names: list[str], count: int = 8) -> str:
 
 def model_device(model: nn.Module) -> torch.device:
     """Return where the model wants its inputs: the device of its input embedding."""
-    embedding = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
-    parameters = embedding.parameters() if embedding is not None else model.parameters()
+    try:
+        parameters = model.get_input_embeddings().parameters()
+    except (AttributeError, NotImplementedError):  # models of images or sound have none
+        parameters = model.parameters()
     return next(parameters).device

@@ -18,6 +18,7 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 
+from lora_one.adapters.stored import pattern_keys
 from lora_one.adapters.write import Options
 from lora_one.errors import InputError
 from lora_one.gradients.estimate import finite_norm
@@ -36,7 +37,8 @@ class RankAllocation:
     """Ranks for the layers of a model, and what they gain.
 
     Attributes:
-        ranks: layer name -> rank, in the model's order; PEFT's ``rank_pattern``.
+        ranks: layer name -> rank, in the model's order; PEFT's ``rank_pattern``, in which a name
+            that is also the end of another layer's is anchored (``^name``).
         parameters: of all adapters, ``Σ_l r_l (m_l + n_l)``.
         budget: what equal ranks take, ``r Σ_l (m_l + n_l)``.
         captured_energy: share of ``Σ_l ||M_l||_F²`` in the singular values that are used, M_l
@@ -160,7 +162,7 @@ def allocate_ranks(
     found = share_budget(gains, costs, rank)
     total = math.fsum(totals.values()) or 1.0
     return RankAllocation(
-        {layer.name: r for layer, r in zip(layers, found, strict=True)},
+        dict(zip(pattern_keys([layer.name for layer in layers]).values(), found, strict=True)),
         sum(r * cost for r, cost in zip(found, costs, strict=True)),
         rank * sum(costs),
         captured(gains, found) / total,

@@ -19,6 +19,11 @@ def check_layers(layers: list[AdaptedLayer], options: Options) -> None:
     """Raise ``InputError`` for a layer on which the method cannot work, before anything runs."""
     for layer in layers:
         _check_present(layer)
+        if not layer.s > 0:
+            raise InputError(
+                f"the product of layer '{layer.name}' is multiplied by {layer.s}; expected a "
+                "positive number: set lora_alpha, or its entry in alpha_pattern, above 0."
+            )
     spec = options.spec
     usable = {layer: min(layer.shape) // spec.rank_multiple for layer in layers}
     tight = [layer for layer in layers if layer.r > usable[layer]]
@@ -128,10 +133,12 @@ def check_base_is_untouched(peft_model: PeftModel, adapter_name: str) -> None:
     An adapter for the untouched base cannot be told from one for changed weights.
     """
     for name, state in initial_states(peft_model).items():
-        if name != adapter_name and state.offset:
+        if state.offset and (name != adapter_name or initial_state(peft_model, name) is not state):
+            deleted = "a deleted " if name == adapter_name else ""
             raise InputError(
-                f"adapter '{name}' was started with {state.method}, which changed the base weights "
-                f"that adapter '{adapter_name}' uses too. Give each its own copy of the base."
+                f"{deleted}adapter '{name}' was started with {state.method}, which changed the "
+                f"base weights that adapter '{adapter_name}' uses too. Give each its own copy of "
+                "the base."
             )
     for name, config in peft_model.peft_config.items():
         start = getattr(config, "init_lora_weights", True)

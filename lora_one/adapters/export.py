@@ -22,14 +22,21 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model_state_dict
 from peft.tuners.adalora import AdaLoraLayer
 from peft.tuners.lora import LoraLayer
+from peft.tuners.lora.layer import ParamWrapper
 from torch import Tensor
 
 import lora_one
 from lora_one.adapters.checks import check_base_is_untouched
-from lora_one.adapters.stored import ORIGIN, check_replaceable, write_folder
+from lora_one.adapters.stored import (
+    ORIGIN,
+    check_replaceable,
+    pattern_keys,
+    rescaling,
+    write_folder,
+)
 from lora_one.adapters.write import initial_state
 from lora_one.errors import InputError
-from lora_one.layers import base_name, check_adapter, is_linear
+from lora_one.layers import base_name, check_adapter, dependent_layers, is_linear
 from lora_one.numerics.methods import METHODS
 from lora_one.numerics.products import truncated_factors
 
@@ -148,10 +155,11 @@ def export_adapter(
         for adalora_name in (f"{key}.lora_A", f"{key}.lora_B"):
             tensors.pop(adalora_name, None)
         tensors[f"{key}.lora_A.weight"] = plain.A.to(plain.dtype)
-        tensors[f"{key}.lora_B.weight"] = (plain.B * (plain.s / exported_s)).to(plain.dtype)
+        ratio = rescaling(plain.s, exported_s)
+        tensors[f"{key}.lora_B.weight"] = (plain.B * ratio).to(plain.dtype)
         bias = tensors.get(f"{key}.lora_B.bias")
         if bias is not None:  # s multiplies it too
-            tensors[f"{key}.lora_B.bias"] = (_wide(bias) * (plain.s / exported_s)).to(bias.dtype)
+            tensors[f"{key}.lora_B.bias"] = (_wide(bias) * ratio).to(bias.dtype)
     exported = _plain_config(peft_model, config, layers, adapter_name)
     write_folder(
         path,
@@ -168,12 +176,13 @@ def _plain_layers(peft_model: PeftModel, adapter_name: str, truncates: bool) -> 
     """Return what every linear layer's adapter adds to the untouched base, as factors."""
     state = initial_state(peft_model, adapter_name)
     start = state.factors if state is not None and state.offset else {}
+    dependent = dependent_layers(peft_model, adapter_name)
     layers = {}
     for wrapped_name, module in peft_model.get_base_model().named_modules():
         name = base_name(wrapped_name)
         if not isinstance(module, LoraLayer) or adapter_name not in module.lora_A:
             continue
-        if not is_linear(module.get_base_layer()):
+        if not is_linear(module.get_base_layer()) or module in dependent:
             continue
         if isinstance(module, AdaLoraLayer):
             layers[name] = _from_adalora(module, adapter_name)
@@ -210,23 +219,35 @@ def _plain_config(
     for name, value in _PLAIN.items():
         if hasattr(exported, name):
             setattr(exported, name, value)
-    ranks = {name: plain.B.shape[1] for name, plain in layers.items()}
-    alphas = {name: plain.alpha for name, plain in layers.items()}
+    ranks, alphas = {}, {}
     for name, module in peft_model.get_base_model().named_modules():
-        if not isinstance(module, LoraLayer) or base_name(name) in ranks:
+        if not isinstance(module, LoraLayer) or adapter_name not in module.r:
             continue
-        if adapter_name in module.r:  # embeddings and convolutions keep what they were trained with
-            ranks[base_name(name)] = module.r[adapter_name]
-            alphas[base_name(name)] = module.lora_alpha[adapter_name]
+        plain = layers.get(base_name(name))
+        key = _pattern_name(base_name(name), module)
+        # Embeddings, convolutions and their like keep what they were trained with.
+        ranks[key] = plain.B.shape[1] if plain else module.r[adapter_name]
+        alphas[key] = plain.alpha if plain else module.lora_alpha[adapter_name]
     exported.r = Counter(ranks.values()).most_common(1)[0][0]
     exported.lora_alpha = Counter(alphas.values()).most_common(1)[0][0]
-    exported.rank_pattern = {k: v for k, v in ranks.items() if v != exported.r}
-    exported.alpha_pattern = {k: v for k, v in alphas.items() if v != exported.lora_alpha}
+    keys = pattern_keys(ranks)
+    exported.rank_pattern = {keys[k]: v for k, v in ranks.items() if v != exported.r}
+    exported.alpha_pattern = {keys[k]: v for k, v in alphas.items() if v != exported.lora_alpha}
     if exported.base_model_name_or_path is None:
         exported.base_model_name_or_path = getattr(
             peft_model.get_base_model(), "name_or_path", None
         )
     return exported
+
+
+def _pattern_name(name: str, module: LoraLayer) -> str:
+    """Return the name for which PEFT looks up a layer's rank and alpha.
+
+    For one of ``target_parameters`` it is the parameter's. Names that go on below a wrapped layer
+    are those of more parameters, or of the output projection in ``nn.MultiheadAttention``.
+    """
+    name = name.partition(".base_layer")[0]
+    return f"{name}.{module.parameter_name}" if isinstance(module, ParamWrapper) else name
 
 
 def _header(peft_model: PeftModel, adapter_name: str) -> dict[str, str]:

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterable, Mapping
+from numbers import Real
 
 from peft import PeftModel
 
@@ -26,10 +27,10 @@ def is_auto(
     Raises:
         InputError: for another string, or where a search has nothing to compare.
     """
-    if not isinstance(stable_gamma, str):
+    if isinstance(stable_gamma, Real):
         return False
     if stable_gamma != "auto":
-        raise InputError(f"stable_gamma must be a number or 'auto', got '{stable_gamma}'.")
+        raise InputError(f"stable_gamma must be a positive number or 'auto', got {stable_gamma!r}.")
     able = [name for name, spec in METHODS.items() if spec.searches_gamma]
     if method not in able or scale != "stable" or batches is None:
         raise InputError(

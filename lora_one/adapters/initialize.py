@@ -2,13 +2,16 @@
 
 import math
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 from peft import PeftModel
 from peft.tuners.adalora import AdaLoraLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor
 
 from lora_one.adapters.cache import fingerprint, load_cached, store
@@ -81,8 +84,9 @@ def initialize(
         seed: of the random factors, of the randomised SVD and of dropout.
         adapter_name: which adapter.
         dtype: of the written factors; ``None`` keeps the adapter's dtype.
-        unsupported: ``"leave"`` lets adapted layers that are not linear (embeddings, convolutions)
-            keep PEFT's start and lists them in the report, ``"refuse"`` refuses them.
+        unsupported: ``"leave"`` lets adapted layers that are not linear (embeddings, convolutions),
+            or have no start of their own (see ``dependent_layers``), keep PEFT's start and lists
+            them in the report, ``"refuse"`` refuses them.
         force: overwrite factors that are not a start, such as trained ones.
         train: whether dropout is active while the gradient is taken, as in the published codes.
         strategy: how several micro-batches are run, see ``lora_one.gradients.plan``.
@@ -154,7 +158,8 @@ def initialize(
             decompose(name, None)
     starts = _agreed(starts)
     if auto:
-        gamma = search_gamma(peft_model, layers, starts, batches, report, train, seed)
+        with _alone(peft_model, adapter_name):
+            gamma = search_gamma(peft_model, layers, starts, batches, report, train, seed)
         options = replace(options, stable_gamma=gamma)
         starts = {name: rescale(factors, gamma) for name, factors in starts.items()}
         for entry in reports.values():
@@ -162,7 +167,8 @@ def initialize(
     _finish(peft_model, layers, starts, options, report, reports)
     report.seconds = time.perf_counter() - began
     if measure_loss and batches is not None and layers:
-        report.loss_after = mean_loss(peft_model, batches, train=train, seed=seed)
+        with _alone(peft_model, adapter_name):
+            report.loss_after = mean_loss(peft_model, batches, train=train, seed=seed)
         _advise(report)
     if cache_dir is not None:
         store(peft_model, Path(cache_dir), key, report)
@@ -284,6 +290,25 @@ def _others(peft_model: PeftModel, adapter_name: str, unsupported: str) -> list[
             "unsupported='leave' they keep PEFT's own start."
         )
     return names
+
+
+@contextmanager
+def _alone(peft_model: PeftModel, adapter_name: str) -> Iterator[None]:
+    """Let no other adapter take part in the forward pass; afterwards those that did before.
+
+    PEFT's ``set_adapter`` would also decide what is trained.
+    """
+    kinds = BaseTunerLayer | AuxiliaryTrainingWrapper
+    modules = [module for module in peft_model.modules() if isinstance(module, kinds)]
+    modules = [module for module in modules if module.active_adapters != [adapter_name]]
+    before = [module._active_adapter for module in modules]
+    try:
+        for module in modules:
+            module._active_adapter = [adapter_name]
+        yield
+    finally:
+        for module, active in zip(modules, before, strict=True):
+            module._active_adapter = active
 
 
 def _agreed(starts: dict[str, Factors]) -> dict[str, Factors]:

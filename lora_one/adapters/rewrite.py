@@ -21,6 +21,8 @@ from lora_one.adapters.stored import (
     StoredAdapter,
     StoredLayer,
     check_replaceable,
+    pattern_keys,
+    rescaling,
     scaling,
     write_folder,
 )
@@ -147,7 +149,8 @@ def _with_factors(
     """
     rank = B.shape[1]
     s = scaling(alpha, rank, use_rslora=bool(adapter.config.get("use_rslora")))
-    B = (B * (layer.s / s)).to(layer.B.dtype).reshape(layer.B.shape[0], rank, *layer.B.shape[2:])
+    B = (B * rescaling(layer.s, s)).to(layer.B.dtype)
+    B = B.reshape(layer.B.shape[0], rank, *layer.B.shape[2:])
     A = A.to(layer.A.dtype).reshape(rank, *layer.A.shape[1:])
     return replace(layer, r=rank, alpha=alpha, s=s, B=B, A=A)
 
@@ -156,18 +159,19 @@ def _of_layers(adapter: StoredAdapter, layers: list[StoredLayer]) -> StoredAdapt
     """Return the adapter with these layers: settings and biases that follow from them."""
     rank = _commonest(layer.r for layer in layers)
     alpha = _commonest(layer.alpha for layer in layers)
+    keys = pattern_keys([layer.name for layer in layers])
     config = {
         **adapter.config,
         "r": rank,
         "lora_alpha": alpha,
-        "rank_pattern": {x.name: x.r for x in layers if x.r != rank},
-        "alpha_pattern": {x.name: x.alpha for x in layers if x.alpha != alpha},
+        "rank_pattern": {keys[x.name]: x.r for x in layers if x.r != rank},
+        "alpha_pattern": {keys[x.name]: x.alpha for x in layers if x.alpha != alpha},
     }
     others = dict(adapter.others)
     for old, new in zip(adapter.layers, layers, strict=True):
         key = old.keys[0].replace(".weight", ".bias")
         if key in others:  # the bias of lora_B, which s multiplies too
-            bias = others[key].to(torch.float64) * (old.s / new.s)
+            bias = others[key].to(torch.float64) * rescaling(old.s, new.s)
             others[key] = bias.to(others[key].dtype)
     return replace(adapter, config=config, layers=layers, others=others)
 

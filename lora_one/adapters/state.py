@@ -90,12 +90,12 @@ def load_initial_state(
     if not force:
         check_untrained(peft_model, written)
     reshard(peft_model)
-    for name in sorted(names):
-        B, A = tensors[f"{name}.lora_B"], tensors[f"{name}.lora_A"]
-        write_factors(layers[name], B, A, B.dtype)
+    for layer in written:
+        B, A = tensors[f"{layer.name}.lora_B"], tensors[f"{layer.name}.lora_A"]
+        write_factors(layer, B, A, B.dtype)
         if state.offset:
-            subtract_offset(layers[name])
-        reset_dora_magnitude(layers[name])
-        state.factors[name] = (B, A)
-    remember(peft_model, adapter_name, state)
+            subtract_offset(layer)
+        reset_dora_magnitude(layer)
+        state.factors[layer.name] = (B, A)
+    remember(peft_model, adapter_name, state, written)
     return state

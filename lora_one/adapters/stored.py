@@ -8,7 +8,7 @@ import math
 import os
 import re
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -218,11 +218,51 @@ def pattern_value(pattern: Mapping[str, Any] | None, name: str, otherwise: Any) 
 
     PEFT's rule: a key is a regular expression for the end of the name from a dot on, and the first
     that fits counts.
+
+    Raises:
+        InputError: if a key is no regular expression.
     """
     for key, value in (pattern or {}).items():
-        if re.fullmatch(rf"(.*\.)?({key})", name):
+        try:
+            fits = re.fullmatch(rf"(.*\.)?({key})", name)
+        except re.error as error:
+            raise InputError(
+                f"{key!r} in the adapter's rank_pattern or alpha_pattern is no regular expression: "
+                f"{error.msg}."
+            ) from None
+        if fits:
             return value
     return otherwise
+
+
+def pattern_keys(names: Collection[str]) -> dict[str, str]:
+    """Return a key of ``rank_pattern`` and ``alpha_pattern`` for each layer that fits it alone.
+
+    It is the layer's name, as PEFT writes it, unless that is also the end of another layer's.
+    """
+    keys = {}
+    for name in names:
+        key = re.escape(name).replace(r"\.", ".")
+        fits = re.compile(rf"(.*\.)?({key})").fullmatch
+        alone = sum(fits(other) is not None for other in names) == 1
+        keys[name] = key if alone else f"^{re.escape(name)}"
+    return keys
+
+
+def rescaling(s: float, new_s: float) -> float:
+    """Return what B is multiplied by, so that ``s B A`` stays when s changes.
+
+    Raises:
+        InputError: if ``new_s`` is zero and s is not.
+    """
+    if s == new_s:
+        return 1.0
+    if new_s == 0:
+        raise InputError(
+            "lora_alpha is 0, but alpha_pattern or the layer's scaling is not, so the product "
+            "cannot be kept; expected another lora_alpha."
+        )
+    return s / new_s
 
 
 def check_replaceable(path: Path) -> None:
@@ -257,11 +297,12 @@ def write_folder(
     """Write an adapter beside its final name, then move it there, so that it is whole or absent.
 
     Args:
-        path: The folder; an adapter that is there already is replaced.
+        path: The folder, or a link to it; an adapter that is there already is replaced.
         tensors: What ``adapter_model.safetensors`` holds.
         header: Its metadata.
         save_settings: Writes the settings into the folder that it is given.
     """
+    path = path.resolve()  # else a link would be replaced, not what it leads to
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.parent / f".{path.name}.{os.getpid()}.new"
     previous = path.parent / f".{path.name}.{os.getpid()}.old"

@@ -8,10 +8,12 @@ the rounding of the base weight alone.
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from numbers import Real
 from typing import Any
 
 import torch
 from peft import PeftModel
+from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.dora import DoraLinearLayer
 from torch import Tensor
 
@@ -53,8 +55,8 @@ class Options:
                 f"unknown scale '{self.scale}'.{nearest(self.scale, SCALES)} "
                 f"Scales: {', '.join(SCALES)}."
             )
-        if not self.stable_gamma > 0:
-            raise InputError(f"stable_gamma must be positive, got {self.stable_gamma}.")
+        if not isinstance(self.stable_gamma, Real) or not self.stable_gamma > 0:
+            raise InputError(f"stable_gamma must be a positive number, got {self.stable_gamma!r}.")
 
     @property
     def spec(self) -> Method:
@@ -86,19 +88,35 @@ class InitialState:
 
 
 def initial_state(peft_model: PeftModel, adapter_name: str = "default") -> InitialState | None:
-    """Return how the adapter started, or None if it was not started by this library."""
-    return initial_states(peft_model).get(adapter_name)
+    """Return how the adapter started, or None if it was not started by this library.
+
+    An adapter that was deleted, and added again under its name, is another one.
+    """
+    state = initial_states(peft_model).get(adapter_name)
+    if state is None or not state.factors:
+        return state
+    layers = (module for module in peft_model.modules() if isinstance(module, LoraLayer))
+    factors = (layer.lora_A[adapter_name] for layer in layers if adapter_name in layer.lora_A)
+    return state if any(getattr(A, _STATE, None) is state for A in factors) else None
 
 
 def initial_states(peft_model: PeftModel) -> Mapping[str, InitialState]:
-    """Return the start of every adapter that this library started, by the adapter's name."""
+    """Return the start of every adapter that this library started, deleted ones too, by name."""
     return getattr(peft_model.base_model, _STATE, {})
 
 
-def remember(peft_model: PeftModel, adapter_name: str, state: InitialState) -> None:
-    """Keep the initial state on the model, outside its ``state_dict``."""
+def remember(
+    peft_model: PeftModel, adapter_name: str, state: InitialState, layers: list[AdaptedLayer]
+) -> None:
+    """Keep the initial state on the model, outside its ``state_dict``.
+
+    It also marks the layers' ``lora_A``, which PEFT drops when it deletes the adapter. Unlike the
+    identity of a parameter, a mark comes along when the model is copied, pickled or sharded.
+    """
     states = {**initial_states(peft_model), adapter_name: state}
     setattr(peft_model.base_model, _STATE, states)
+    for layer in layers:
+        setattr(layer.peft_layer.lora_A[adapter_name], _STATE, state)
 
 
 def compute_factors(
@@ -131,8 +149,9 @@ def compute_factors(
         summands=summands,
         device=layer.A.device,
     )
-    factors = options.spec.function(problem)
-    return clip_to_weight(factors, W, layer.s) if options.norm_clip else factors
+    with torch.autocast(layer.A.device.type, enabled=False):
+        factors = options.spec.function(problem)
+        return clip_to_weight(factors, W, layer.s) if options.norm_clip else factors
 
 
 def layer_report(layer: AdaptedLayer, factors: Factors, gradient_norm: float | None) -> LayerReport:
@@ -154,14 +173,15 @@ def layer_report(layer: AdaptedLayer, factors: Factors, gradient_norm: float | N
         report.svd_error = factors.svd.error
         norm = W_norm if gradient_norm is None else gradient_norm
         energy = sum(value**2 for value in report.singular_values)
-        report.captured_energy = min(energy / norm**2, 1.0)
+        report.captured_energy = min(energy / norm**2, 1.0) if norm else 0.0
     return report
 
 
 def product_norm(B: Tensor, A: Tensor, s: float) -> float:
     """Return ``||s B A||_F`` from the r x r Gram matrices: sqrt(tr(BᵀB AAᵀ)) s."""
     B, A = B.float(), A.float()
-    return s * float(((B.T @ B) * (A @ A.T)).sum().clamp(min=0).sqrt())
+    with torch.autocast(B.device.type, enabled=False):
+        return s * float(((B.T @ B) * (A @ A.T)).sum().clamp(min=0).sqrt())
 
 
 @torch.no_grad()
@@ -173,6 +193,7 @@ def write_factors(layer: AdaptedLayer, B: Tensor, A: Tensor, dtype: torch.dtype 
             parameter.copy_(value)
         else:
             parameter.data = value.clone().contiguous()
+    torch.clear_autocast_cache()  # of copies in half precision, where the caller is in autocast
 
 
 @torch.no_grad()
@@ -180,7 +201,8 @@ def subtract_offset(layer: AdaptedLayer) -> None:
     """``W <- W - s B A`` with the adapter's present, rounded factors; fp32, rounded once."""
     W = base_weight(layer.module)
     dtype = torch.promote_types(W.dtype, torch.float32)
-    offset = layer.s * (layer.B.detach().to(dtype) @ layer.A.detach().to(dtype))
+    with torch.autocast(W.device.type, enabled=False):
+        offset = layer.s * (layer.B.detach().to(dtype) @ layer.A.detach().to(dtype))
     write_base_weight(layer, W.to(dtype) - offset.to(W.device))
 
 
@@ -196,7 +218,8 @@ def reset_dora_magnitude(layer: AdaptedLayer) -> None:
         return
     dora: DoraLinearLayer = magnitudes[layer.adapter_name]
     old = dora.weight
-    dora.update_layer(base_layer=layer.module, lora_A=layer.A, lora_B=layer.B, scaling=layer.s)
+    with torch.autocast(old.device.type, enabled=False):
+        dora.update_layer(base_layer=layer.module, lora_A=layer.A, lora_B=layer.B, scaling=layer.s)
     old.copy_(dora.weight)
     dora.weight = old
 
@@ -211,16 +234,15 @@ def start_adapter(
     """Write all layers' factors, take the offsets, set magnitudes and remember the start."""
     state = InitialState(options.method, options.spec.offset, _metadata(options))
     reshard(peft_model)  # FSDP2 keeps the outermost weights whole after a forward pass
-    for layer in layers:
-        if layer.name not in starts:
-            continue
+    started = [layer for layer in layers if layer.name in starts]
+    for layer in started:
         factors = starts[layer.name]
         write_factors(layer, factors.B, factors.A, options.dtype)
         if options.spec.offset:
             subtract_offset(layer)
         reset_dora_magnitude(layer)
         state.factors[layer.name] = (layer.B.detach().cpu().clone(), layer.A.detach().cpu().clone())
-    remember(peft_model, adapter_name, state)
+    remember(peft_model, adapter_name, state, started)
 
 
 def _metadata(options: Options) -> dict[str, Any]:

@@ -205,9 +205,11 @@ def clip_to_weight(factors: Factors, W: Tensor, s: float) -> Factors:
     """Shrink B and A until ``max|s B A| <= max|W|``.
 
     Source: ``norm_clip`` of LoRA-GA's published code: with ``ρ = max|W| / max|s B A| < 1`` both
-    factors are multiplied by sqrt(ρ); otherwise they stay.
+    factors are multiplied by sqrt(ρ); otherwise they stay, also where both are zero.
     """
     largest = (s * (factors.B @ factors.A)).abs().amax()
+    if largest == 0:
+        return factors
     ratio = (W.abs().amax() / largest).clamp(max=1)
     return factors._replace(B=factors.B * ratio.sqrt(), A=factors.A * ratio.sqrt())
 

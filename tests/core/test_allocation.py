@@ -6,6 +6,7 @@ from itertools import product
 
 import pytest
 import torch
+import transformers
 from peft import LoraConfig, PeftModel, get_peft_model
 
 import lora_one
@@ -14,7 +15,7 @@ from lora_one.errors import InputError
 from lora_one.layers import adapted_layers, base_weight, plain_layers
 from lora_one.numerics.allocation import captured, share_budget
 
-from .tiny import TARGETS, batches_for, logits, perturb, tiny_gpt2, tiny_t5
+from .tiny import SIZES, TARGETS, Endings, batches_for, logits, perturb, tiny_gpt2, tiny_t5
 
 
 def random_problem(seed, layers=4, largest=4):
@@ -197,6 +198,37 @@ def test_other_architectures(kind, make):
     base, batches = make(), batches_for(kind)
     found, model = allocated(base, batches, targets=TARGETS[kind])
     assert {layer.name: layer.r for layer in adapted_layers(model)} == found.ranks
+
+
+def test_ranks_are_those_of_layers_whose_names_end_alike_too():
+    found = lora_one.allocate_ranks(
+        Endings(), rank=4, target_modules=["proj", "other"], method="pissa"
+    )
+    assert list(found.ranks) == ["^proj", "sub.proj", "sub.other"]
+    reordered = dict(reversed(found.ranks.items()))
+    for ranks in (found.ranks, reordered):
+        config = LoraConfig(r=4, target_modules=["proj", "other"], rank_pattern=ranks)
+        model = get_peft_model(Endings(), config)
+        assert [layer.r for layer in adapted_layers(model)] == list(found.ranks.values())
+
+
+def classifiers():
+    """Return two sequence classifiers, whose heads PEFT knows by different names."""
+    sizes = {"num_labels": 2, "pad_token_id": 0}
+    llama = transformers.LlamaForSequenceClassification(transformers.LlamaConfig(**SIZES, **sizes))
+    bert_sizes = {key: SIZES[key] for key in SIZES if key != "num_key_value_heads"}
+    bert = transformers.BertForSequenceClassification(
+        transformers.BertConfig(**bert_sizes, **sizes)
+    )
+    return {"llama": llama, "bert": bert}
+
+
+@pytest.mark.parametrize("kind", ["llama", "bert"])
+def test_all_linear_layers_of_a_classifier_are_pefts(kind):
+    model = classifiers()[kind]
+    names = [layer.name for layer in plain_layers(model, "all-linear")]
+    config = LoraConfig(task_type="SEQ_CLS", target_modules="all-linear")
+    assert names == [layer.name for layer in adapted_layers(get_peft_model(model, config))]
 
 
 def test_a_layer_that_no_token_reaches_gets_what_nobody_else_can_use(llama, llama_batches):

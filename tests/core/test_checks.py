@@ -181,6 +181,29 @@ def test_a_method_that_changes_the_base_wants_it_for_itself(tmp_path, llama, lla
         lora_one.export_adapter(alone, tmp_path / "a", adapter_name="second")
 
 
+def test_an_adapter_that_is_added_again_is_a_new_one(tmp_path, llama, llama_batches):
+    config = LoraConfig(r=2, target_modules=["q_proj"])
+
+    def added_again(method):
+        peft_model = adapted(llama)
+        lora_one.initialize(peft_model, llama_batches, method=method)
+        peft_model.delete_adapter("default")
+        peft_model.add_adapter("default", config)
+        peft_model.set_adapter("default")
+        return peft_model
+
+    lora_one.initialize(added_again("lora_one"), llama_batches, **ONE)
+    changed = added_again("pissa")
+    message = "a deleted adapter 'default' was started with pissa, which changed the base weights"
+    refused(message, changed)
+    with pytest.raises(lora_one.InputError, match=message):
+        lora_one.export_adapter(changed, tmp_path / "a")
+
+
+def test_an_adapter_that_is_multiplied_by_zero_is_refused(llama):
+    refused("multiplied by 0.0; expected a positive number", adapted(llama, alpha=0))
+
+
 def test_a_failed_search_of_gamma_leaves_the_model_alone(llama):
     peft_model = adapted(llama)
     before = snapshot(peft_model)

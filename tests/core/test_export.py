@@ -1,18 +1,30 @@
 """Whatever the method, the export is a plain LoRA that gives the trained model on the old base."""
 
+import copy
 import json
 
 import pytest
 import torch
 from peft import AdaLoraConfig, LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
+from torch import nn
 
 import lora_one
 from lora_one.adapters.write import initial_state
 from lora_one.layers import adapted_layers
 from lora_one.numerics.methods import METHODS
 
-from .tiny import MODELS, TARGETS, adapted, batches_for, logits, perturb, tiny_llama
+from .tiny import (
+    MODELS,
+    TARGETS,
+    Endings,
+    adapted,
+    batches_for,
+    logits,
+    perturb,
+    tiny_llama,
+    tiny_mixtral,
+)
 
 # Logits are of order 1 to 10, and both sides are computed in fp32.
 TOLERANCE = 3e-5
@@ -180,6 +192,95 @@ def test_the_bias_of_lora_b_keeps_its_scaling(use_rslora, method, rank, tmp_path
     lora_one.export_adapter(peft_model, tmp_path / "a", rank=rank)  # 8 = 2 r loses nothing
     base = tiny_llama(attention_bias=True, mlp_bias=True)
     assert difference(tmp_path / "a", base, peft_model, llama_batches[0]) < TOLERANCE
+
+
+@pytest.mark.parametrize("pattern", ["rank_pattern", "alpha_pattern"])
+def test_a_pattern_for_a_layer_leaves_those_alone_whose_names_end_like_it(pattern, tmp_path):
+    config = LoraConfig(r=4, target_modules=["proj", "other"], **{pattern: {"^proj": 2}})
+    peft_model = get_peft_model(Endings(), config)
+    perturb(peft_model, size=0.3)
+    lora_one.export_adapter(peft_model, tmp_path / "a")
+    loaded = PeftModel.from_pretrained(Endings(), tmp_path / "a")
+    x = torch.randn(3, 16)
+    assert torch.equal(loaded(x), peft_model(x))
+
+
+@pytest.mark.parametrize("method", ["lora_one", "lora_ga", "pissa"])
+@pytest.mark.parametrize("rank", [None, 8])
+@pytest.mark.parametrize("pattern", [{}, {"experts.gate_up_proj": 2}])
+def test_adapted_parameters_keep_their_ranks(method, rank, pattern, tmp_path, llama_batches):
+    config = LoraConfig(
+        r=4,
+        target_modules=["q_proj", "k_proj", "v_proj", "o_proj"],
+        target_parameters=["mlp.experts.gate_up_proj", "mlp.experts.down_proj"],
+        rank_pattern=pattern,
+    )
+    peft_model = get_peft_model(tiny_mixtral(), config)
+    lora_one.initialize(peft_model, llama_batches, method=method)
+    perturb(peft_model)
+    lora_one.export_adapter(peft_model, tmp_path / "a", rank=rank)  # 8 = 2 r loses nothing
+    assert difference(tmp_path / "a", tiny_mixtral(), peft_model, llama_batches[0]) < TOLERANCE
+
+
+class Attention(nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.attention = nn.MultiheadAttention(16, 2, batch_first=True)
+        self.head = nn.Linear(16, 4)
+
+    def forward(self, x, labels=None):
+        return {"loss": self.head(self.attention(x, x, x)[0]).square().mean()}
+
+
+@pytest.mark.parametrize("method", ["lora_one", "pissa"])
+@pytest.mark.parametrize("rank", [None, 4])
+def test_multihead_attention_keeps_pefts_start_and_rank(method, rank, tmp_path):
+    peft_model = get_peft_model(Attention(), LoraConfig(r=2, target_modules=["attention", "head"]))
+    report = lora_one.initialize_adapters(peft_model, {"head": torch.randn(4, 16)}, method=method)
+    assert report.left_to_peft == ["attention", "attention.base_layer.out_proj"]
+    perturb(peft_model)
+    lora_one.export_adapter(peft_model, tmp_path / "a", rank=rank)
+    loaded = PeftModel.from_pretrained(Attention(), tmp_path / "a")
+    x = torch.randn(2, 5, 16)
+    torch.testing.assert_close(loaded(x)["loss"], peft_model(x)["loss"])
+
+
+@pytest.mark.parametrize("method", ["lora", "lora_one", "pissa"])
+@pytest.mark.parametrize("rank", [None, 8])
+def test_a_head_that_shares_the_embeddings_adapter_keeps_its_start(
+    method, rank, tmp_path, llama_batches
+):
+    base = tiny_llama(tie_word_embeddings=True)
+    options = {"targets": ["q_proj", "embed_tokens"], "ensure_weight_tying": True}
+    peft_model = adapted(base, **options)
+    report = lora_one.initialize(peft_model, llama_batches, method=method)
+    assert report.left_to_peft == ["model.embed_tokens", "lm_head"]
+    embedding = peft_model.get_base_model().model.embed_tokens
+    assert not embedding.lora_embedding_A["default"].any()
+    perturb(peft_model)
+    lora_one.export_adapter(peft_model, tmp_path / "a", rank=rank)
+    assert difference(tmp_path / "a", base, peft_model, llama_batches[0]) < TOLERANCE
+
+
+def test_a_start_comes_along_when_the_model_is_copied_or_stored(tmp_path, llama_batches):
+    peft_model = trained(tiny_llama())
+    torch.save(peft_model, tmp_path / "model.pt")
+    stored = torch.load(tmp_path / "model.pt", weights_only=False)
+    for model in (copy.deepcopy(peft_model), stored):
+        lora_one.export_adapter(model, tmp_path / "a")
+        assert difference(tmp_path / "a", tiny_llama(), peft_model, llama_batches[0]) < TOLERANCE
+
+
+def test_an_alpha_of_zero_is_kept_or_refused(tmp_path, llama_batches):
+    peft_model = adapted(tiny_llama(), alpha=0)
+    perturb(peft_model)
+    for rank in (None, 2):
+        lora_one.export_adapter(peft_model, tmp_path / "a", rank=rank)
+        assert difference(tmp_path / "a", tiny_llama(), peft_model, llama_batches[0]) == 0
+    mixed = adapted(tiny_llama(), alpha=0, alpha_pattern={"q_proj": 4})
+    with pytest.raises(lora_one.InputError, match="lora_alpha is 0, but"):
+        lora_one.export_adapter(mixed, tmp_path / "b", rank=2)
 
 
 def test_adalora_becomes_a_plain_lora(tmp_path, llama_batches):

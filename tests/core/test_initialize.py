@@ -6,11 +6,13 @@ import json
 import pytest
 import torch
 from peft import AdaLoraConfig, LoraConfig, get_peft_model
+from peft.tuners.lora import LoraLayer
 
 import lora_one
-from lora_one.adapters.cache import store
+from lora_one.adapters.cache import fingerprint, store
 from lora_one.adapters.merge import merge_adapter
 from lora_one.adapters.state import load_initial_state, save_initial_state
+from lora_one.adapters.write import Options
 from lora_one.layers import adapted_layers, base_weight
 from lora_one.numerics.methods import METHODS
 
@@ -144,6 +146,58 @@ def test_norm_clip_bounds_the_start_by_the_weight(llama, llama_batches):
         assert float(product.abs().max()) == pytest.approx(bound, rel=1e-4)
 
 
+@pytest.mark.parametrize("method", ["lora", "lora_one", "pissa", "olora"])
+@pytest.mark.parametrize("norm_clip", [False, True])
+def test_a_weight_of_zero_gets_finite_factors(method, norm_clip, llama, llama_batches):
+    name = "model.layers.1.self_attn.q_proj"
+    with torch.no_grad():
+        llama.get_submodule(name).weight.zero_()
+    peft_model = adapted(llama)
+    report = lora_one.initialize(peft_model, llama_batches, method=method, norm_clip=norm_clip)
+    json.dumps(report.to_dict(), allow_nan=False)
+    layer = next(x for x in adapted_layers(peft_model) if x.name == name)
+    assert layer.B.isfinite().all()
+    assert layer.A.isfinite().all()
+    if method != "lora_one" or norm_clip:
+        assert not (layer.B @ layer.A).any()
+
+
+@pytest.mark.parametrize("method", [*OFFSET, "lora_one"])
+@pytest.mark.parametrize("use_dora", [False, True])
+def test_a_start_is_computed_in_full_precision_under_autocast(
+    method, use_dora, llama, llama_batches
+):
+    gradients = lora_one.estimate_gradients(adapted(llama), llama_batches)
+    plain, cast = adapted(llama, use_dora=use_dora), adapted(llama, use_dora=use_dora)
+    expected = lora_one.initialize_adapters(plain, gradients, method=method)
+    with torch.autocast("cpu", torch.bfloat16):
+        cast(**llama_batches[0])  # leaves copies of the factors in half precision
+        report = lora_one.initialize_adapters(cast, gradients, method=method)
+        inside = logits(cast, llama_batches[0])
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(inside, logits(cast, llama_batches[0]))
+    assert report.layers == expected.layers
+    for a, b in zip(plain.state_dict().values(), cast.state_dict().values(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_losses_are_those_of_the_started_adapter_alone(llama, llama_batches):
+    config = LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"])
+    alone = get_peft_model(copy.deepcopy(llama), config, adapter_name="second")
+    beside = adapted(llama)
+    perturb(beside, size=0.3)
+    beside.add_adapter("second", config)
+    beside.base_model.set_adapter(["default", "second"])
+    trainable = [p.requires_grad for p in beside.parameters()]
+    options = {"method": "lora_one", "stable_gamma": "auto", "adapter_name": "second"}
+    reports = [lora_one.initialize(x, llama_batches, **options) for x in (alone, beside)]
+    assert reports[0].gamma_search == reports[1].gamma_search
+    assert reports[0].loss_after == reports[1].loss_after < reports[1].loss_before
+    layers = [module for module in beside.modules() if isinstance(module, LoraLayer)]
+    assert all(layer.active_adapters == ["default", "second"] for layer in layers)
+    assert [p.requires_grad for p in beside.parameters()] == trainable
+
+
 def test_offset_of_a_tied_head_leaves_the_embedding_alone(llama_batches):
     model = tiny_llama(tie_word_embeddings=True)
     peft_model = adapted(model, targets=["lm_head"])
@@ -218,7 +272,20 @@ def test_cache_gives_the_same_start_and_notices_every_change(method, tmp_path, l
     assert not start(batches=batches_for(seed=8))[0].cached
     assert not start(seed=1)[0].cached
     assert not start(train=False)[0].cached
-    assert len(list(tmp_path.iterdir())) == 2 * 5
+    assert not start(model=tiny_llama(rms_norm_eps=0.5))[0].cached
+    assert not start(model=tiny_llama().double())[0].cached
+    assert len(list(tmp_path.iterdir())) == 2 * 7
+
+
+def test_a_cache_key_tells_batches_by_every_number_of_their_tensors(llama):
+    pictures = torch.zeros(2, 5000)
+    pictures[1, 2500] = 1.0  # in the middle, which a printed tensor leaves out
+    peft_model, options = adapted(llama), Options(method="lora")
+    keys = {
+        fingerprint(peft_model, [], [{"pictures": [{"pixels": picture}]}], options)
+        for picture in pictures
+    }
+    assert len(keys) == 2
 
 
 def test_a_cached_start_that_others_may_be_reading_is_not_replaced(tmp_path, llama_batches):
@@ -262,8 +329,11 @@ def test_bad_input_is_refused_before_anything_changes(llama, llama_batches):
     one = {"method": "lora_one"}
     refuse("Did you mean 'lora_one'", peft_model, llama_batches, method="lora_on")
     refuse("Did you mean 'stable'", peft_model, llama_batches, scale="stabel", **one)
-    refuse("must be positive, got 0", peft_model, llama_batches, stable_gamma=0, **one)
-    refuse("number or 'auto'", peft_model, llama_batches, stable_gamma="best", **one)
+    refuse("must be a positive number, got 0", peft_model, llama_batches, stable_gamma=0, **one)
+    for gamma in ("best", None):
+        refuse("positive number or 'auto'", peft_model, llama_batches, stable_gamma=gamma, **one)
+    with pytest.raises(lora_one.InputError, match="must be a positive number, got None"):
+        lora_one.initialize_adapters(peft_model, {}, stable_gamma=None, **one)
     refuse("'auto' compares", peft_model, llama_batches, stable_gamma="auto", method="lora_ga")
     refuse("pass the init batches", peft_model, None, **one)
     refuse("no adapter named 'other'", peft_model, llama_batches, adapter_name="other", **one)

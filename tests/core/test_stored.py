@@ -14,9 +14,9 @@ from torch import nn
 
 import lora_one
 from lora_one.adapters.command import main
-from lora_one.adapters.stored import pattern_value, read_stored
+from lora_one.adapters.stored import pattern_keys, pattern_value, read_stored
 
-from .tiny import adapted, logits, perturb, tiny_llama
+from .tiny import Endings, adapted, logits, perturb, tiny_llama
 
 ALL_KINDS = {
     "targets": ["embed_tokens", "q_proj", "v_proj", "down_proj"],
@@ -174,6 +174,7 @@ def test_what_is_no_stored_lora_is_refused_in_one_message(tmp_path, capsys):
         ({"peft_type": "IA3"}, "holds a IA3 adapter; expected LORA"),
         ({"r": "4"}, "r must be a number, got '4'"),
         ({"r": 3}, "expected B (out, 3) and A (3, in) for its rank 3"),
+        ({"rank_pattern": {"(": 1}}, "'(' in the adapter's rank_pattern or alpha_pattern is no"),
         ({"kasa_config": {"beta": 1}}, "kasa_config makes a layer add something else than s B A x"),
     ):
         change_settings(path, **changes)
@@ -259,6 +260,38 @@ def test_folding_rslora_touches_no_factor(tmp_path):
     assert isinstance(settings(tmp_path / "b")["lora_alpha"], int)
 
 
+def test_patterns_fit_no_layer_whose_name_ends_like_anothers(tmp_path):
+    config = LoraConfig(
+        r=4, use_rslora=True, target_modules=["proj", "other"], rank_pattern={"^proj": 2}
+    )
+    path, peft_model = stored(tmp_path / "a", get_peft_model(Endings(), config))
+    assert main(["export", str(path), str(tmp_path / "b"), "--fold-rslora"]) == 0
+    loaded = PeftModel.from_pretrained(Endings(), tmp_path / "b")
+    x = torch.randn(3, 16)
+    torch.testing.assert_close(loaded(x), peft_model(x))
+
+
+def test_a_layers_key_fits_its_name_alone():
+    names = ["proj", "sub.proj", "sub.other", "a.b", "x.a_b", "a+b"]
+    keys = pattern_keys(names)
+    assert keys["sub.proj"] == "sub.proj"
+    for name, key in keys.items():
+        assert [other for other in names if pattern_value({key: 1}, other, 0)] == [name]
+
+
+def test_an_alpha_of_zero_is_kept_or_refused(tmp_path, capsys):
+    path, _ = stored(tmp_path / "a", alpha=0)
+    for forms in (["--uniform"], ["--fold-rslora"], ["--rank", "2"]):
+        assert main(["export", str(path), str(tmp_path / "b"), *forms]) == 0
+        assert not any(
+            x.any()
+            for x in products(PeftModel.from_pretrained(tiny_llama(), tmp_path / "b")).values()
+        )
+    mixed, _ = stored(tmp_path / "c", alpha=0, alpha_pattern={"q_proj": 4})
+    capsys.readouterr()
+    refused(capsys, "lora_alpha is 0, but", "export", mixed, tmp_path / "d", "--rank", "2")
+
+
 @pytest.mark.parametrize("rank", [1, 3, 9])
 def test_truncation_is_the_best_of_its_rank_and_says_what_it_lost(rank, tmp_path, capsys):
     path, peft_model = stored(tmp_path / "a", use_rslora=True, **ALL_KINDS)
@@ -276,6 +309,16 @@ def test_truncation_is_the_best_of_its_rank_and_says_what_it_lost(rank, tmp_path
     stated = float(said.split("relative error ")[1].split()[0])
     assert stated == pytest.approx((tails / totals) ** 0.5, rel=1e-3, abs=1e-5)
     assert settings(tmp_path / "b")["r"] == rank
+
+
+def test_an_adapter_is_written_through_a_link(tmp_path):
+    path, _ = stored(tmp_path / "a")
+    link = tmp_path / "newest"
+    link.symlink_to("a")
+    assert main(["export", str(path), str(link), "--rank", "2"]) == 0
+    assert settings(path)["r"] == 2
+    assert link.is_symlink()
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["a", "newest"]
 
 
 def test_the_card_and_the_origin_come_along(tmp_path, llama_batches):

@@ -5,6 +5,7 @@ import copy
 import torch
 import transformers
 from peft import LoraConfig, get_peft_model
+from torch import nn
 
 VOCABULARY = 61
 
@@ -59,6 +60,26 @@ def tiny_t5(**changes):
     }
     config = transformers.T5Config(**{**sizes, **changes})
     return transformers.T5ForConditionalGeneration(config).eval()
+
+
+def tiny_mixtral():
+    """Its experts' weights are parameters of three dimensions, no layers."""
+    torch.manual_seed(0)
+    config = transformers.MixtralConfig(**SIZES, num_local_experts=4, num_experts_per_tok=2)
+    return transformers.MixtralForCausalLM(config).eval()
+
+
+class Endings(nn.Module):
+    """The name of a layer, ``proj``, is the end of another's, ``sub.proj``."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.proj = nn.Linear(16, 16)
+        self.sub = nn.ModuleDict({"proj": nn.Linear(16, 16), "other": nn.Linear(16, 16)})
+
+    def forward(self, x):
+        return self.sub["other"](torch.tanh(self.sub["proj"](torch.tanh(self.proj(x)))))
 
 
 MODELS = {"llama": tiny_llama, "gpt2": tiny_gpt2, "t5": tiny_t5}
