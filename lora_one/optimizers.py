@@ -104,7 +104,7 @@ def create_preconditioned_optimizer(
         TypeError: if ``optimizer_cls`` is not an optimizer class.
         ValueError: without LoRA pairs, for optimizers that need a closure, for a damping that is
             negative or not finite; from ``step`` if a factor is in no parameter group any more,
-            as FSDP2 and DeepSpeed ZeRO leave it.
+            as accelerate's FSDP2 and DeepSpeed ZeRO leave it.
     """
     if not (isinstance(optimizer_cls, type) and issubclass(optimizer_cls, Optimizer)):
         raise TypeError(
@@ -154,7 +154,7 @@ def _subclass(optimizer_cls: type[Optimizer]) -> type[Optimizer]:
             # torch runs the hooks of a step around this method, and again around the base class's
             # once that has had an instance of its own.
             base_step = optimizer_cls.step
-            if getattr(base_step, "hooked", False):
+            if getattr(base_step, "hooked", False) and _is_torchs(base_step):
                 base_step = base_step.__wrapped__
             return base_step(self)
 
@@ -167,6 +167,11 @@ def _subclass(optimizer_cls: type[Optimizer]) -> type[Optimizer]:
 
     PreconditionedOptimizer.__name__ = f"Preconditioned{optimizer_cls.__name__}"
     return PreconditionedOptimizer
+
+
+def _is_torchs(function: Callable[..., Any]) -> bool:
+    """Tell a wrapper of ``torch.optim`` from a user's that ``functools.wraps`` makes look alike."""
+    return function.__code__.co_filename == Optimizer.__init__.__code__.co_filename
 
 
 def _empty(optimizer_cls: type[Optimizer]) -> Optimizer:

@@ -128,12 +128,18 @@ def fetch(repository: str, kind: Kind, revision: str | None, names: Iterable[str
     try:
         from huggingface_hub import hf_hub_download, snapshot_download
         from huggingface_hub.constants import is_offline_mode
+        from huggingface_hub.errors import HFValidationError
+        from huggingface_hub.utils import validate_repo_id
     except ImportError:
         raise InputError(
             f"fetching '{repository}' from the hub needs the 'huggingface-hub' package: "
             "pip install 'lora-one[harness]'"
         ) from None
 
+    try:
+        validate_repo_id(repository)
+    except HFValidationError as error:
+        raise explain(repository, kind, revision, error) from None
     names = list(names)
     if is_offline_mode():
         return _require_here(repository, kind, revision, names)

@@ -104,21 +104,22 @@ def _architecture(base: nn.Module) -> list[Any]:
     """Return what decides the gradient besides tensors, as far as a model tells."""
     config = getattr(base, "config", None)
     settings = config.to_dict() if hasattr(config, "to_dict") else {}
-    settings = {name: value for name, value in settings.items() if name != "_name_or_path"}
+    idle = ("_name_or_path", "use_cache")
+    settings = {name: value for name, value in settings.items() if name not in idle}
     dropout = [
         (name, module.p)
         for name, module in base.named_modules()
         if isinstance(module, _DropoutNd) and ".lora_dropout" not in name
     ]
-    return [type(base).__name__, settings, dropout]
+    return [type(base).__name__, _content(settings), dropout]
 
 
 def _content(value: Any) -> Any:
-    """Return a value of a batch with every number of its tensors."""
+    """Return a value with every number of its tensors, and names as strings."""
     if isinstance(value, Tensor):
         return value.dtype, value.cpu().tolist()
     if isinstance(value, Mapping):
-        return {name: _content(item) for name, item in value.items()}
+        return {str(name): _content(item) for name, item in value.items()}
     if isinstance(value, (list, tuple)):
         return [_content(item) for item in value]
     return value

@@ -304,7 +304,8 @@ def _alone(peft_model: PeftModel, adapter_name: str) -> Iterator[None]:
     before = [module._active_adapter for module in modules]
     try:
         for module in modules:
-            module._active_adapter = [adapter_name]
+            present = [name for name in module.active_adapters if name == adapter_name]
+            module._active_adapter = present
         yield
     finally:
         for module, active in zip(modules, before, strict=True):

@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 import transformers
-from huggingface_hub.errors import HFValidationError
 from peft import PeftModel
 from safetensors import SafetensorError
 from torch import Tensor
@@ -17,7 +16,7 @@ from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 from lora_one.adapters.merge import check_same_logits, logits_of, lora_layers, merge_adapter
 from lora_one.adapters.stored import StoredAdapter
 from lora_one.errors import InputError, nearest
-from lora_one.snapshots import explain, fetch
+from lora_one.snapshots import fetch
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # Of the logits, relative to the largest: weights rounded to 24, 11 and 8 bits.
@@ -114,10 +113,7 @@ def _base_folder(name: str, revision: str | None) -> Path:
     """Return where the base's small files lie, fetched from the hub unless they are here."""
     if Path(name).is_dir():
         return Path(name)
-    try:
-        return fetch(name, "model", revision, ["config.json", *_TOKENIZER]).folder
-    except HFValidationError as error:  # offline, where the look into the cache needs an id
-        raise explain(name, "model", revision, error) from None
+    return fetch(name, "model", revision, ["config.json", *_TOKENIZER]).folder
 
 
 def _load(adapter: StoredAdapter, name: str, revision: str | None) -> PreTrainedModel:

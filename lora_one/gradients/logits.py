@@ -90,13 +90,14 @@ class PromisedLogits(Tensor):
     hidden: Tensor
     head: nn.Linear
     kept: Tensor | None
+    base: "PromisedLogits | None"
 
     @staticmethod
     def __new__(cls: type, hidden: Tensor, head: nn.Linear, dtype: torch.dtype) -> "PromisedLogits":
         """Return a promise without a history; see ``promise``."""
         shape = (*hidden.shape[:-1], head.out_features)
         new = Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=hidden.device)
-        new.hidden, new.head, new.kept = hidden, head, None
+        new.hidden, new.head, new.kept, new.base = hidden, head, None, None
         return new
 
     @classmethod
@@ -111,7 +112,7 @@ class PromisedLogits(Tensor):
         if function in _LOOKS:
             with torch._C.DisableTorchFunctionSubclass():
                 return function(*args, **kwargs)
-        deferred = args and isinstance(args[0], cls) and args[0].kept is None
+        deferred = args and isinstance(args[0], cls) and _root(args[0]).kept is None
         if deferred and function in _DEFERRED:
             result = _DEFERRED[function](*args, **kwargs)
             if result is not None:
@@ -140,15 +141,26 @@ def _keep(value: Any) -> Any:
         return type(value)(_keep(item) for item in value)
     if not isinstance(value, PromisedLogits):
         return value
-    if value.kept is None:
+    if value.kept is None and value.base is not None:
+        value.kept = _keep(value.base).view(value.shape)  # changes in place are to both
+    elif value.kept is None:
         # With a history even where a metric without one is the first to look at them.
         with torch.set_grad_enabled(value.hidden.requires_grad):
             value.kept = _Keep.apply(value)
     return value.kept
 
 
+def _root(logits: PromisedLogits) -> PromisedLogits:
+    """Return the promise of which this is a view, or itself."""
+    return logits if logits.base is None else logits.base
+
+
 def _float(logits: PromisedLogits, **options: Any) -> PromisedLogits | None:
-    return None if options else promise(logits.hidden, logits.head, torch.float32)
+    if options:
+        return None
+    if logits.dtype == torch.float32:
+        return logits
+    return promise(logits.hidden, logits.head, torch.float32)
 
 
 def _view(logits: PromisedLogits, *shape: Any, **options: Any) -> PromisedLogits | None:
@@ -157,7 +169,9 @@ def _view(logits: PromisedLogits, *shape: Any, **options: Any) -> PromisedLogits
     if options or tuple(last) != (logits.head.out_features,):
         return None
     hidden = logits.hidden.reshape(*rows, logits.hidden.shape[-1])
-    return promise(hidden, logits.head, logits.dtype)
+    view = promise(hidden, logits.head, logits.dtype)
+    view.base = _root(logits)
+    return view
 
 
 def _cross_entropy(

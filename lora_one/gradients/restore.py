@@ -10,6 +10,7 @@ import torch
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
+from torch.nn.modules.batchnorm import _NormBase
 from torch.utils.checkpoint import checkpoint
 
 from lora_one.errors import InputError
@@ -21,8 +22,8 @@ def left_as_found(
 ) -> Iterator[None]:
     """Lend the model: frozen, in the chosen mode, without cache, adapters inactive.
 
-    On leaving, the training mode of every module, ``requires_grad`` of every parameter, buffers
-    (running means), ``config.use_cache``, the adapters' state and the global random numbers of
+    On leaving, the training mode of every module, ``requires_grad`` of every parameter, running
+    statistics, ``config.use_cache``, the adapters' state and the global random numbers of
     CPU, GPUs, NumPy and ``random`` are those of before. Parameters' ``.grad`` is never touched,
     because no parameter requires one, and bitsandbytes does not repack 4-bit weights inside, after
     which no gradient would pass them.
@@ -42,9 +43,8 @@ def left_as_found(
     frozen = [(parameter, parameter.requires_grad) for parameter in parameters]
     config = getattr(model, "config", None)
     use_cache = getattr(config, "use_cache", None)
-    buffers = [
-        (m, k, b, b.clone()) for m in modules for k, b in m._buffers.items() if b is not None
-    ]
+    norms = [module for module in modules if isinstance(module, _NormBase)]
+    statistics = [(b, b.clone()) for norm in norms for b in norm.buffers(recurse=False)]
     cuda = sorted({p.device.index for p in parameters if p.device.type == "cuda"})
     is_peft = isinstance(model, PeftModel)
     if is_peft and any(isinstance(m, BaseTunerLayer) and m.merged for m in modules):
@@ -71,13 +71,14 @@ def left_as_found(
             config.use_cache = use_cache
         for module, was_possible in repacking:
             module.support_avx512bf16_for_cpu = was_possible
-        for module, name, buffer, content in buffers:
-            with torch.no_grad():
-                module._buffers[name] = buffer.copy_(content)
         for module, training in modes:
             module.training = training
         for parameter, required in frozen:
             parameter.requires_grad_(required)
+        with torch.no_grad():
+            for buffer, content in statistics:
+                if not torch.equal(buffer, content):  # a graph that is alive may hold it
+                    buffer.copy_(content)
 
 
 @contextmanager

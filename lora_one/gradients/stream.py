@@ -239,8 +239,10 @@ def _loss(model: nn.Module, batch: Batch) -> Tensor:
     output = model(**batch)
     if isinstance(output, Mapping):
         loss = output.get("loss")
+    elif hasattr(output, "loss"):
+        loss = output.loss
     else:
-        loss = output[0] if isinstance(output, tuple) else getattr(output, "loss", output)
+        loss = output[0] if isinstance(output, (tuple, list)) else output
     if not isinstance(loss, Tensor) or loss.numel() != 1:
         base = model.get_base_model() if hasattr(model, "get_base_model") else model
         raise InputError(

@@ -178,7 +178,7 @@ def _with_signs(svd: TruncatedSVD) -> TruncatedSVD:
     process does.
     """
     largest = svd.Vh.gather(1, svd.Vh.abs().argmax(1, keepdim=True))
-    signs = torch.where(largest < 0, -1.0, 1.0)
+    signs = torch.where(largest < 0, -1.0, 1.0).to(largest)
     return svd._replace(U=svd.U * signs.mT, Vh=svd.Vh * signs)
 
 

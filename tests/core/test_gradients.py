@@ -3,6 +3,7 @@
 import random
 import warnings
 import weakref
+from collections import namedtuple
 
 import numpy as np
 import pytest
@@ -291,6 +292,30 @@ def test_a_layer_whose_output_the_model_changes_in_place_has_its_own_gradient():
     ours = lora_one.estimate_gradients(model, [batch])
     model(**batch)[0].backward()
     assert_equal(ours, {name: model.get_submodule(name).weight.grad for name in ("0", "2")}, 1e-6)
+
+
+def test_a_graph_that_is_alive_and_what_a_model_keeps_of_long_rows_survive():
+    """Dynamic RoPE registers its frequencies anew for long rows, and remembers their length."""
+    rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
+    model = tiny_llama(max_position_embeddings=16, rope_parameters=rope)
+    long, short = batches_for(rows=(2,), length=40)[0], batches_for(rows=(2,), length=20)[0]
+    loss = model(**short).loss
+    again = [mean_loss(model, [long]) for _ in range(2)]
+    lora_one.estimate_gradients(model, [long])
+    assert mean_loss(model, [long]) == again[0] == again[1]
+    loss.backward()
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [lambda loss: [loss], lambda loss: loss, namedtuple("Output", "loss"), lambda x: {"loss": x}],
+)
+def test_a_loss_is_found_in_whatever_a_model_returns(wrap):
+    model, batch = nn.Sequential(nn.Linear(8, 3)), images()
+    model.forward = lambda x, labels: wrap(
+        nn.functional.cross_entropy(nn.Sequential.forward(model, x), labels)
+    )
+    assert float(lora_one.estimate_gradients(model, [batch])["0"].norm()) > 0
 
 
 def test_a_users_hook_on_the_output_counts_as_the_model(llama, llama_batches):

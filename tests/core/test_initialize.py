@@ -198,6 +198,17 @@ def test_losses_are_those_of_the_started_adapter_alone(llama, llama_batches):
     assert [p.requires_grad for p in beside.parameters()] == trainable
 
 
+def test_an_adapter_starts_beside_one_that_trains_tokens(llama, llama_batches):
+    peft_model = adapted(llama, trainable_token_indices=[1, 2])
+    peft_model.add_adapter("b", LoraConfig(r=4, target_modules=["q_proj", "v_proj"]))
+    peft_model.set_adapter("b")
+    report = lora_one.initialize(
+        peft_model, llama_batches, method="lora_one", adapter_name="b", stable_gamma="auto"
+    )
+    assert report.loss_after < report.loss_before
+    assert peft_model.active_adapters == ["b"]
+
+
 def test_offset_of_a_tied_head_leaves_the_embedding_alone(llama_batches):
     model = tiny_llama(tie_word_embeddings=True)
     peft_model = adapted(model, targets=["lm_head"])

@@ -54,6 +54,12 @@ def after_a_metric(z, y):
     return functional.cross_entropy(z, y)
 
 
+def changed_through_a_view(z, y):
+    first, second = z.view(-1, VOCABULARY), z.view(-1, VOCABULARY)
+    first[:, 5:50] -= 3
+    return functional.cross_entropy(second, y) + functional.cross_entropy(z.view(y.numel(), -1), y)
+
+
 def problem(dtype=torch.float64, bias=True):
     """Hidden states, a frozen head, and labels of which some are ignored."""
     torch.manual_seed(0)
@@ -118,6 +124,8 @@ def test_far_apart_logits_neither_overflow_nor_vanish():
         lambda z, y: functional.cross_entropy(z.mul_(2), y) + z.sum(),
         lambda z, y: (z * z.requires_grad).sum(),
         after_a_metric,
+        changed_through_a_view,
+        lambda z, y: functional.cross_entropy(z.float().mul_(3), y) + z.sum(),
         FusedLoss.apply,
         lambda z, y: checkpoint(functional.cross_entropy, z, y, use_reentrant=True),
         lambda z, y: checkpoint(FusedLoss.apply, z, y, use_reentrant=False),

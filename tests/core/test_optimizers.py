@@ -1,6 +1,7 @@
 """The preconditioned optimizer is its base optimizer on preconditioned gradients, nothing else."""
 
 import copy
+import functools
 import io
 
 import pytest
@@ -324,6 +325,21 @@ def test_hooks_of_a_step_run_once_whatever_was_made_before():
     optimizer.register_step_post_hook(lambda *_: runs.append("after"))
     train(model, optimizer, 1)
     assert runs == ["before", "after"]
+
+
+def test_a_users_own_step_is_called():
+    torch.optim.AdamW([torch.nn.Parameter(torch.ones(1))])  # ``wraps`` copies torch's mark
+    calls = []
+
+    class Counted(torch.optim.AdamW):
+        @functools.wraps(torch.optim.AdamW.step)
+        def step(self, closure=None):
+            calls.append(1)
+            return super().step(closure)
+
+    model = started()
+    train(model, lora_one.create_preconditioned_optimizer(model, Counted, lr=1e-3), 1)
+    assert calls == [1]
 
 
 def pickled(value):
