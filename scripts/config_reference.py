@@ -7,6 +7,7 @@ of one benchmark, of its class; defaults are what Hydra composes; the choices of
 files.
 """
 
+import argparse
 import inspect
 import re
 import sys
@@ -255,5 +256,8 @@ def _table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    ).parse_args()
     PAGE.write_text(page(), encoding="utf-8")
     print(f"written: {PAGE.relative_to(ROOT)}")

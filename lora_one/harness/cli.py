@@ -148,7 +148,7 @@ def _on_slurm(points: Sequence[Point]) -> bool:
 
 def prepare_command(arguments: Sequence[str]) -> str:
     """Return the command that brings here what a command line of ``run_exp.py`` needs."""
-    overrides = get_args_parser().parse_args(list(arguments)).overrides
+    overrides = get_args_parser().parse_intermixed_args(list(arguments)).overrides
     heads = {_key(override).partition(".")[0] for override in overrides}
     # Which rows a run needs may depend on its method only where it does not train.
     wanted = PREPARED | ({"init", "peft"} if heads & {"train", "evaluate"} else set())
@@ -166,7 +166,7 @@ def _key(override: str) -> str:
 
 
 def _dispatch(conf: Path, arguments: list[str], act: Act) -> int:
-    options = get_args_parser().parse_args(arguments)
+    options = get_args_parser().parse_intermixed_args(arguments)
     flags = [argument for argument in arguments if argument not in options.overrides]
     questions = [flag for flag in flags if flag not in SWEEP_FLAGS]
     _check(questions, options.overrides)
@@ -213,6 +213,14 @@ def _check(questions: list[str], overrides: list[str]) -> None:
     if unknown:
         valid = ", ".join(sorted(SWEEP_FLAGS | HYDRA_FLAGS))
         raise InputError(f"{unknown[0]}: no such flag here. Valid: {valid}.")
+    commands = ("install=", "uninstall=", "query=")
+    if {"--shell-completion", "-sc"} & set(questions) and not any(
+        override.startswith(commands) for override in overrides
+    ):
+        raise InputError(
+            "--shell-completion does nothing by itself. Say what: install=bash, uninstall=bash (or "
+            "zsh, fish)."
+        )
     if not questions:
         for override in overrides:
             if override.lstrip("+~").startswith(("hydra.", "hydra/")):

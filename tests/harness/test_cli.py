@@ -73,6 +73,8 @@ def test_bad_input_is_one_line_and_status_2_and_leaves_nothing(tmp_path, flags):
     ("arguments", "message"),
     [
         (["--run"], "--run: no such flag here"),
+        (["--shell-completion"], "Say what: install=bash"),
+        (["init=lora_two", "-m", "seed=0,1"], "Did you mean 'lora_one'?"),
         (["--config-dir", "x"], "--config-dir: no such flag here"),
         (["hydra.sweep.dir=x"], "its own settings have no effect"),
         (["--cfg", "job", "init=lora,pissa"], "Add -m to run every value"),

@@ -62,6 +62,10 @@ BAD = {
     "seed=first": "seed='first': expected a valid integer",
     "model.real_batch_size=33": "is not a multiple of model.per_device_batch_size=32",
     "peft=full_ft": "Add init=lora",
+    "init=null": "init=null: no such choice. ",
+    "model=5": "model=5: no such choice. Valid: ",
+    "model=[llama,t5base]": "model=[llama,t5base]: no such choice.",
+    "model=[llama": "no viable alternative",
     "peft=adalora": "Add init=lora",
     "dataset.name=gsmk8": "dataset.name=gsmk8: no such benchmark. Did you mean 'gsm8k'?",
     "dataset.train_rows=0": "dataset.train_rows=0: expected greater than 0",
@@ -111,6 +115,8 @@ def test_keys_that_a_method_does_not_read_do_not_make_another_run(compose):
     for gamma in ("16", "auto"):
         same = compose("init=lora", f"init.stable_gamma={gamma}")
         assert run_id(same) == run_id(compose("init=lora"))
+    assert run_id(compose("init=lora", "init.norm_clip=true")) == run_id(compose("init=lora"))
+    assert run_id(compose("init.norm_clip=true")) != run_id(compose())
     assert run_id(compose("init.stable_gamma=16")) != run_id(compose())
 
 

@@ -5,6 +5,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import yaml
 from hydra import compose, initialize_config_dir
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.global_hydra import GlobalHydra
@@ -44,8 +45,8 @@ def compose_config(overrides: Sequence[str]) -> Config:
     """Compose and validate one configuration; call inside ``composer``."""
     for override in overrides:
         group, _, choice = override.partition("=")
-        if group in GROUPS and choice.lower() in ("true", "false"):
-            # For a choice that is no text Hydra has a bare ValueError.
+        if group in GROUPS and choice and not _is_text(choice):
+            # Hydra has a bare ValueError for it, and would merge the files of a list.
             raise InputError(_no_such_choice(group, choice, _choices(group)))
     try:
         composed = compose("config", list(overrides))
@@ -99,6 +100,13 @@ def _explain_missing_choice(error: MissingConfigException) -> str:
     if not options:
         return _first_line(error)
     return _no_such_choice(group, choice, options)
+
+
+def _is_text(choice: str) -> bool:
+    try:
+        return isinstance(yaml.safe_load(choice), str)
+    except yaml.YAMLError:
+        return True  # Hydra's own parser says what is wrong with it
 
 
 def _no_such_choice(group: str, choice: str, options: Sequence[str]) -> str:

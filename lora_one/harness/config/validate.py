@@ -85,6 +85,8 @@ def _settle_init(init: dict[str, Any]) -> None:
         raise InputError(f"init.scale is needed by init.direction={direction}")
     if method not in SCALED_METHODS and "scale" in init:
         init["scale"] = None
+    if method == "lora" and init.get("norm_clip") is True:
+        init["norm_clip"] = False  # B A is zero
     takes_gradient = needs_gradient(method, init.get("rank_allocation"))
     reason = f"init.direction={direction}"
     if method not in GRADIENT_METHODS:
