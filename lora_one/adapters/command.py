@@ -90,6 +90,12 @@ def _export(options: argparse.Namespace) -> int:
     from lora_one.adapters.stored import check_replaceable, read_stored
 
     adapter = read_stored(options.adapter)
+    out, source = options.out.resolve(), options.adapter.resolve()
+    if out in (source, *source.parents):
+        raise InputError(
+            f"{options.out} is or holds the adapter that is read, which would be lost; choose "
+            "another folder to write."
+        )
     check_replaceable(options.out)
     done = []
     if options.rank is not None:

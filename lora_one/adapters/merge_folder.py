@@ -2,6 +2,8 @@
 
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,7 @@ from torch import Tensor
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
 from lora_one.adapters.merge import check_same_logits, logits_of, lora_layers, merge_adapter
-from lora_one.adapters.stored import StoredAdapter
+from lora_one.adapters.stored import PREFIX, StoredAdapter
 from lora_one.errors import InputError, nearest
 from lora_one.snapshots import fetch
 
@@ -78,35 +80,49 @@ def merge_folder(
         dtype: Of the merged weights; None is the dtype of the base's.
 
     Raises:
-        InputError: no such base, one that the adapter does not fit, or weights in no safetensors.
+        InputError: no such base, one that the adapter does not fit or that lacks weights, weights
+            in no safetensors, or an ``out`` that is there or cannot be made.
         RuntimeError: the saved model gives other logits.
     """
-    if out.exists():
-        raise InputError(f"{out} exists already; choose another folder.")
     name = base or adapter.config.get("base_model_name_or_path")
     if not name:
         raise InputError(f"{adapter.path} does not say what its base model is: give --base.")
     revision = None if base else adapter.config.get("revision")
-    folder = _base_folder(name, revision)
-    model = _load(adapter, name, revision)
-    dtype = dtype or model.dtype
-    if dtype not in TOLERANCES:
-        raise InputError(f"the base is in {dtype}: give --dtype, one of {', '.join(DTYPES)}.")
-    peft_model = _attach(adapter, model, name).float()
-    probe = _probe(model.config)
-    before = logits_of(peft_model, probe)
-    merged = merge_adapter(peft_model, dtype=dtype)
-    partial = out.parent / f".{out.name}.{os.getpid()}.new"
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
+    with _folder_beside(out) as partial:
+        folder = _base_folder(name, revision)
+        model = _load(adapter, name, revision)
+        dtype = dtype or model.dtype
+        if dtype not in TOLERANCES:
+            raise InputError(f"the base is in {dtype}: give --dtype, one of {', '.join(DTYPES)}.")
+        peft_model = _attach(adapter, model, name).float()
+        probe = _probe(model.config)
+        before = logits_of(peft_model, probe)
+        merged = merge_adapter(peft_model, dtype=dtype)
         merged.save_pretrained(partial)
         copied = _copy_tokenizer([adapter.path, folder], partial)
         reread = type(merged).from_pretrained(partial, dtype=dtype, use_safetensors=True).eval()
         difference = check_same_logits(before, logits_of(reread, probe), TOLERANCES[dtype])
         partial.rename(out)
+    return MergeReport(name, len(adapter.layers), dtype, difference, copied)
+
+
+@contextmanager
+def _folder_beside(out: Path) -> Iterator[Path]:
+    """Make the folder that becomes ``out``, first of all: a long merge must not end in a typo."""
+    partial = out.parent / f".{out.name}.{os.getpid()}.new"
+    try:
+        if out.exists():
+            raise InputError(f"{out} exists already; choose another folder.")
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+    except OSError as error:
+        raise InputError(
+            f"{out} cannot be written ({error.strerror}); choose another folder."
+        ) from None
+    try:
+        yield partial
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-    return MergeReport(name, len(adapter.layers), dtype, difference, copied)
 
 
 def _base_folder(name: str, revision: str | None) -> Path:
@@ -129,12 +145,25 @@ def _load(adapter: StoredAdapter, name: str, revision: str | None) -> PreTrained
         if task == "SEQ_CLS":
             config.num_labels = _labels(adapter, config)
         kind = _CLASSES.get(task) or config.architectures[0]
-        return getattr(transformers, kind).from_pretrained(
-            name, revision=revision, config=config, dtype="auto", use_safetensors=True
+        model, loaded = getattr(transformers, kind).from_pretrained(
+            name,
+            revision=revision,
+            config=config,
+            dtype="auto",
+            use_safetensors=True,
+            output_loading_info=True,
         )
     except (OSError, ValueError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0]
         raise InputError(f"the base model {name} cannot be loaded: {reason}") from None
+    # What the adapter brings in full, such as a trained head, hubs' bases lack.
+    brought = {key.removeprefix(PREFIX) for key in adapter.others}
+    if missing := sorted(set(loaded["missing_keys"]) - brought):
+        raise InputError(
+            f"the base model {name} lacks {len(missing)} of its weights, first '{missing[0]}', "
+            "which would be random; expected a whole checkpoint: get it again, or give --base."
+        )
+    return model
 
 
 def _labels(adapter: StoredAdapter, config: PretrainedConfig) -> int:

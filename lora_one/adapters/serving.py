@@ -8,6 +8,7 @@ and multiply every layer's product by the s of these three. llama.cpp's
 """
 
 import math
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -55,11 +56,16 @@ def check_vllm(adapter: StoredAdapter) -> Verdict:
             f"rank_pattern, alpha_pattern: most releases multiply every layer by {s:.4g}; give all "
             f"layers one rank and alpha: {_EXPORT} --uniform"
         )
-    if adapter.config.get("alora_invocation_tokens"):
+    if config.get("task_type") == "SEQ_2_SEQ_LM":
+        obstacles.append(
+            "task_type SEQ_2_SEQ_LM: vLLM serves LoRA for decoder-only language models; use the "
+            "adapter with PEFT"
+        )
+    if config.get("alora_invocation_tokens"):
         obstacles.append("alora_invocation_tokens: not read; use the adapter with PEFT")
     command = (
-        f"vllm serve {_base(adapter)} --enable-lora --max-lora-rank {vllm_rank(rank)} "
-        f"--lora-modules NAME={adapter.path}"
+        f"vllm serve {shlex.quote(_base(adapter))} --enable-lora --max-lora-rank "
+        f"{vllm_rank(rank)} --lora-modules {shlex.quote(f'NAME={adapter.path}')}"
     )
     return Verdict("vLLM", obstacles, command)
 
@@ -77,8 +83,9 @@ def check_llama_cpp(adapter: StoredAdapter) -> Verdict:
             f"another alpha: {_EXPORT} {' '.join(options)}"
         )
     command = (
-        f"python convert_lora_to_gguf.py {adapter.path} --base FOLDER_OF_THE_BASE "
-        "--outfile adapter.gguf; llama-cli -m base.gguf --lora adapter.gguf"
+        f"python convert_lora_to_gguf.py {shlex.quote(str(adapter.path))} "
+        "--base FOLDER_OF_THE_BASE --outfile adapter.gguf; "
+        "llama-cli -m base.gguf --lora adapter.gguf"
     )
     return Verdict("llama.cpp", obstacles, command)
 

@@ -35,7 +35,7 @@ _OTHER_PRODUCTS = (
     "arrow_config",
     "monteclora_config",
 )
-_PREFIX = "base_model.model."
+PREFIX = "base_model.model."
 _FACTOR = re.compile(r"(.+)\.lora_(?:([AB])\.weight|embedding_([AB]))")
 
 
@@ -65,8 +65,8 @@ class StoredLayer:
     def keys(self) -> tuple[str, str]:
         """Names of B and A in the file."""
         if self.kind == "embedding":
-            return tuple(f"{_PREFIX}{self.name}.lora_embedding_{letter}" for letter in "BA")
-        return tuple(f"{_PREFIX}{self.name}.lora_{letter}.weight" for letter in "BA")
+            return tuple(f"{PREFIX}{self.name}.lora_embedding_{letter}" for letter in "BA")
+        return tuple(f"{PREFIX}{self.name}.lora_{letter}.weight" for letter in "BA")
 
     @property
     def matrices(self) -> tuple[Tensor, Tensor]:
@@ -134,7 +134,7 @@ def read_stored(path: str | Path) -> StoredAdapter:
             others[key] = tensor
             continue
         name, letter, of_embedding = found.groups()
-        pair = factors.setdefault((name.removeprefix(_PREFIX), letter is None), {})
+        pair = factors.setdefault((name.removeprefix(PREFIX), letter is None), {})
         pair[letter or of_embedding] = tensor
     if not factors:
         raise InputError(f"{folder}: {WEIGHTS} holds no lora_A and lora_B.")
@@ -163,9 +163,17 @@ def _read_config(folder: Path) -> dict[str, Any]:
             f"{folder}: {others[0]} makes a layer add something else than s B A x, which is not "
             "read here; use the adapter with PEFT."
         )
-    for key in ("r", "lora_alpha"):
-        if not isinstance(config.get(key), int | float):
-            raise InputError(f"{file}: {key} must be a number, got {config.get(key)!r}.")
+    for key, pattern in (("r", "rank_pattern"), ("lora_alpha", "alpha_pattern")):
+        by_layer = config.get(pattern) or {}
+        if not isinstance(by_layer, dict):
+            raise InputError(
+                f"{file}: {pattern} must map layers to numbers, as in "
+                f'{{"q_proj": 4}}, got {by_layer!r}.'
+            )
+        for name, value in ((key, config.get(key)), *by_layer.items()):
+            if not isinstance(value, int | float) or not math.isfinite(value):
+                where = key if name == key else f"'{name}' in {pattern}"
+                raise InputError(f"{file}: {where} must be a finite number, got {value!r}.")
     return config
 
 

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Literal
 
+from lora_one.errors import InputError
 from lora_one.tasks.base import CountTokens, Example, Origin, Split, check_split
 from lora_one.tasks.instruction import InstructionTask
 from lora_one.tasks.rows import (
@@ -69,6 +70,11 @@ class Alpaca(InstructionTask):
         read = self._read()
         found = [self.example_from_row(row, "train", i) for i, row in enumerate(read.rows)]
         usable = [i for i, example in enumerate(found) if isinstance(example, Example)]
+        if not usable:
+            raise InputError(
+                f"{read.source.get('file') or read.source['hub']}: all {len(read.rows)} rows have "
+                "an empty 'output'; expected text to learn"
+            )
         train, held_out = hold_out(
             [read.rows[i] for i in usable], self._held_out_rows, self._split_seed, "instruction"
         )

@@ -105,6 +105,11 @@ class Custom(Task):
         if self._pattern is not None:
             self.scorers = ("pattern", *self.scorers)
         self.stop_strings = _stops(self._prompt) if stop is None else tuple(map(_unescape, stop))
+        if "" in self.stop_strings:
+            raise InputError(
+                "dataset.stop holds an empty text, which would end every reply before it begins; "
+                "expected texts such as '\\nQ:', or [] for none"
+            )
         self._path = None if path is None else Path(path)
         self._hub = (hub_id, hub_config, revision)
         self._files = {
@@ -130,6 +135,11 @@ class Custom(Task):
         read = self._read(source_split)
         found = [self._example(row, source_split, i) for i, row in enumerate(read.rows)]
         examples = [example for example in found if example is not None]
+        if not examples:
+            raise InputError(
+                f"{read.source.get('file') or read.source['hub']}: all {len(read.rows)} rows have "
+                f"an empty target; expected text from dataset.target={self.template.target!r}"
+            )
         self.sources[split] = read.source
         self.counts[split] = {
             "read": len(read.rows),

@@ -35,6 +35,7 @@ from lora_one.tasks.rows import (
     OWN_VALIDATION,
     Row,
     Rows,
+    as_row,
     find_split_file,
     has_split_file,
     hold_out,
@@ -280,12 +281,12 @@ def _read_problems(file: Path) -> Rows:
     raw = file.read_bytes()
     try:
         content = json.loads(raw.decode("utf-8-sig"))
-    except ValueError:
+    except (ValueError, RecursionError):
         return read_file(file)  # JSON lines, or an error that it explains
     if not isinstance(content, dict):
         return read_file(file)
     note_file(file, raw)
-    return Rows([Row(str(file), content)], {"file": str(file), "rows": 1})
+    return Rows([as_row(str(file), content)], {"file": str(file), "rows": 1})
 
 
 def _numerically(file: Path) -> tuple[str, int, str]:

@@ -242,13 +242,13 @@ def _read_lines(path: Path, text: str) -> list[Row]:
             continue
         place = f"{path}, line {number}"
         try:
-            fields = json.loads(line)
+            fields = _parse(place, line)
         except json.JSONDecodeError as error:
             raise InputError(
                 f"{place}: not valid JSON ({error.msg}, column {error.colno}); "
                 "every line must be one JSON object"
             ) from None
-        rows.append(_as_row(place, fields))
+        rows.append(as_row(place, fields))
     return rows
 
 
@@ -256,19 +256,46 @@ def _read_array(path: Path, text: str) -> list[Row]:
     if not text.strip():
         return []
     try:
-        entries = json.loads(text)
+        entries = _parse(str(path), text)
     except json.JSONDecodeError as error:
         raise InputError(
             f"{path}, line {error.lineno}: not valid JSON ({error.msg}, column {error.colno})"
         ) from None
     if not isinstance(entries, list):
         raise InputError(f"{path}: expected a JSON array of objects, found {_kind(entries)}")
-    return [_as_row(f"{path}, entry {index}", entry) for index, entry in enumerate(entries)]
+    return [as_row(f"{path}, entry {index}", entry) for index, entry in enumerate(entries)]
 
 
-def _as_row(place: str, fields: Any) -> Row:
+def _parse(place: str, text: str) -> Any:
+    """Parse JSON, also where Python's reader gives up on what the grammar allows."""
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError:
+        raise
+    except RecursionError:
+        raise InputError(f"{place}: the JSON is nested too deeply; expected plain rows") from None
+    except ValueError as error:  # Python reads integers up to a number of digits
+        reason = str(error).partition(";")[0]
+        raise InputError(f"{place}: a number is too long ({reason}); write it as text") from None
+
+
+def as_row(place: str, fields: Any) -> Row:
+    """Return the row of a parsed JSON object.
+
+    Raises:
+        InputError: it is no object, or holds half of a surrogate pair, which no file can be
+            written with.
+    """
     if not isinstance(fields, dict):
         raise InputError(f"{place}: expected a JSON object, found {_kind(fields)}")
+    try:
+        json.dumps(fields, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        half = ascii(error.object[error.start])
+        raise InputError(
+            f"{place}: a text holds {half}, half of a surrogate pair and no character; write the "
+            "whole pair, or leave it out"
+        ) from None
     return Row(place, fields)
 
 

@@ -47,7 +47,7 @@ def read_tab_separated(
 def read_comma_separated(
     path: Path, text: str, columns: Sequence[str] | None
 ) -> tuple[list[Record], int]:
-    """Read comma-separated, quoted rows; arguments and errors as for tabs."""
+    """Read comma-separated, quoted rows; arguments and errors as for tabs, and for semicolons."""
     reader = csv.reader(io.StringIO(text, newline=""), strict=True)
     lines = ((reader.line_num, fields) for fields in reader if fields)
     try:
@@ -84,6 +84,11 @@ def _as_records(
 ) -> tuple[list[Record], int]:
     if columns is None:
         number, columns = next(lines, (1, []))
+        if len(columns) == 1 and ";" in columns[0]:
+            raise InputError(
+                f"{path}, line {number}: the header '{columns[0]}' looks separated by semicolons; "
+                "expected commas in .csv and tabs in .tsv: save the file again with those"
+            )
         twice = sorted({name for name in columns if columns.count(name) > 1})
         if twice:
             raise InputError(f"{path}, line {number}: the header names {', '.join(twice)} twice")

@@ -141,6 +141,18 @@ def test_what_cannot_be_merged_is_refused_in_one_message(
     refused("'model.layers.2.mlp.down_proj' is in the model only", "--base", tmp_path / "deeper")
     tiny_llama(hidden_size=64).save_pretrained(tmp_path / "wider")
     refused("does not fit the base model", "--base", tmp_path / "wider")
+    lacking = tmp_path / "lacking"
+    tiny_llama().save_pretrained(lacking)
+    whole = load_file(lacking / "model.safetensors")
+    absent = [key for key in whole if "layers.1.mlp" in key]
+    save_file(
+        {key: whole[key].clone() for key in whole if key not in absent},
+        lacking / "model.safetensors",
+        {"format": "pt"},
+    )
+    refused(
+        "lacks 3 of its weights, first 'model.layers.1.mlp.down_proj.weight'", "--base", lacking
+    )
     weights = load_file(adapter / "adapter_model.safetensors")
     save_file(
         {k: v * float("nan") for k, v in weights.items()}, adapter / "adapter_model.safetensors"
@@ -149,5 +161,9 @@ def test_what_cannot_be_merged_is_refused_in_one_message(
     (tmp_path / "base" / "model.safetensors").unlink()
     refused("cannot be loaded", "--base", tmp_path / "base")
     assert not out.exists()
+    assert not list(tmp_path.glob(".*"))
     out.mkdir()
     refused("exists already")
+    (tmp_path / "file").touch()
+    out = tmp_path / "file" / "merged"
+    refused("cannot be written (Not a directory); choose another folder")

@@ -1,6 +1,7 @@
 """A stored adapter is read, described, rewritten and judged without a model."""
 
 import json
+import shlex
 import subprocess
 import sys
 
@@ -99,8 +100,8 @@ def test_inspect_reads_convolutions(tmp_path, capsys):
     (layer,) = described(capsys, path)["layers"]
     assert (layer["kind"], layer["shape"]) == ("convolution", [5, 27])
     assert layer["norm"] == pytest.approx(float(products(peft_model)["conv"].norm()), rel=1e-5)
-    assert main(["export", str(path), str(path), "--rank", "1"]) == 0
-    loaded = PeftModel.from_pretrained(Picture(), path)
+    assert main(["export", str(path), str(tmp_path / "b"), "--rank", "1"]) == 0
+    loaded = PeftModel.from_pretrained(Picture(), tmp_path / "b")
     S = torch.linalg.svdvals(products(peft_model)["conv"])
     error = (products(loaded)["conv"] - products(peft_model)["conv"]).norm()
     assert float(error) == pytest.approx(float(S[1]), rel=1e-4)
@@ -172,7 +173,11 @@ def test_what_is_no_stored_lora_is_refused_in_one_message(tmp_path, capsys):
 
     for changes, message in (
         ({"peft_type": "IA3"}, "holds a IA3 adapter; expected LORA"),
-        ({"r": "4"}, "r must be a number, got '4'"),
+        ({"r": "4"}, "r must be a finite number, got '4'"),
+        ({"lora_alpha": float("nan")}, "lora_alpha must be a finite number, got nan"),
+        ({"rank_pattern": [1]}, "rank_pattern must map layers to numbers"),
+        ({"rank_pattern": {"x": "2"}}, "'x' in rank_pattern must be a finite number, got '2'"),
+        ({"alpha_pattern": {"x": None}}, "'x' in alpha_pattern must be a finite number, got None"),
         ({"r": 3}, "expected B (out, 3) and A (3, in) for its rank 3"),
         ({"rank_pattern": {"(": 1}}, "'(' in the adapter's rank_pattern or alpha_pattern is no"),
         ({"kasa_config": {"beta": 1}}, "kasa_config makes a layer add something else than s B A x"),
@@ -313,12 +318,24 @@ def test_truncation_is_the_best_of_its_rank_and_says_what_it_lost(rank, tmp_path
 
 def test_an_adapter_is_written_through_a_link(tmp_path):
     path, _ = stored(tmp_path / "a")
+    replaced, _ = stored(tmp_path / "b")
     link = tmp_path / "newest"
-    link.symlink_to("a")
+    link.symlink_to("b")
     assert main(["export", str(path), str(link), "--rank", "2"]) == 0
-    assert settings(path)["r"] == 2
+    assert settings(replaced)["r"] == 2
     assert link.is_symlink()
-    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["a", "newest"]
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["a", "b", "newest"]
+
+
+@pytest.mark.parametrize("form", [["--rank", "2"], ["--uniform"], ["--fold-rslora"]])
+def test_an_export_never_replaces_the_adapter_that_it_reads(form, tmp_path, capsys):
+    outer, _ = stored(tmp_path / "a")
+    inner, _ = stored(outer / "other")  # as PEFT saves a second adapter
+    (tmp_path / "link").symlink_to("a")
+    before = {file: file.read_bytes() for file in tmp_path.rglob("adapter_*")}
+    for source, out in ((outer, outer), (outer, tmp_path / "link"), (inner, outer)):
+        refused(capsys, "is or holds the adapter that is read", "export", source, out, *form)
+    assert {file: file.read_bytes() for file in tmp_path.rglob("adapter_*")} == before
 
 
 def test_the_card_and_the_origin_come_along(tmp_path, llama_batches):
@@ -326,11 +343,11 @@ def test_the_card_and_the_origin_come_along(tmp_path, llama_batches):
     lora_one.initialize(peft_model, llama_batches, method="lora_one")
     lora_one.export_adapter(peft_model, tmp_path / "a")
     (tmp_path / "a" / "README.md").write_text("# Mine\n")
-    assert main(["export", str(tmp_path / "a"), str(tmp_path / "a"), "--rank", "2"]) == 0
-    card = (tmp_path / "a" / "README.md").read_text()
+    assert main(["export", str(tmp_path / "a"), str(tmp_path / "b"), "--rank", "2"]) == 0
+    card = (tmp_path / "b" / "README.md").read_text()
     assert card.startswith("# Mine\n\nChanged by `python -m lora_one.adapters export`: cut to rank")
-    assert read_stored(tmp_path / "a").origin["method"] == "lora_one"
-    with safe_open(tmp_path / "a" / "adapter_model.safetensors", "pt") as file:
+    assert read_stored(tmp_path / "b").origin["method"] == "lora_one"
+    with safe_open(tmp_path / "b" / "adapter_model.safetensors", "pt") as file:
         assert file.metadata()["format"] == "pt"
 
 
@@ -362,6 +379,7 @@ def test_bad_exports_are_refused_and_nothing_is_written(tmp_path, capsys):
         ({}, {"bias": "all"}, "biases", "biases"),
         ({}, {"init_lora_weights": "olora"}, "changes when it loads", "changes when it loads"),
         ({}, {"alora_invocation_tokens": [1]}, "alora_invocation_tokens", None),
+        ({}, {"task_type": "SEQ_2_SEQ_LM"}, "decoder-only language models", None),
         ({"trainable_token_indices": [1]}, {}, "is no lora_A or lora_B", "is no lora_A or lora_B"),
     ],
 )
@@ -381,8 +399,8 @@ def test_the_remedies_that_check_names_are_remedies(tmp_path, capsys):
     path, _ = stored(tmp_path / "a", use_rslora=True, rank_pattern={"v_proj": 2})
     assert main(["check", str(path)]) == 1
     assert "--uniform --fold-rslora" in capsys.readouterr().out
-    assert main(["export", str(path), str(path), "--uniform", "--fold-rslora"]) == 0
-    assert main(["check", str(path)]) == 0
+    assert main(["export", str(path), str(tmp_path / "b"), "--uniform", "--fold-rslora"]) == 0
+    assert main(["check", str(tmp_path / "b")]) == 0
     assert "--max-lora-rank 8" in capsys.readouterr().out
 
 
@@ -390,6 +408,16 @@ def test_a_rank_that_vllm_has_no_place_for(tmp_path, capsys):
     path, _ = stored(tmp_path / "a", adapted(nn.Sequential(nn.Linear(600, 600)), 520, targets="0"))
     assert main(["check", str(path), "--for", "vllm"]) == 1
     assert "rank 520 is more than 512; cut it" in capsys.readouterr().out
-    assert main(["export", str(path), str(path), "--rank", "512"]) == 0
-    assert main(["check", str(path), "--for", "vllm"]) == 0
+    assert main(["export", str(path), str(tmp_path / "b"), "--rank", "512"]) == 0
+    assert main(["check", str(tmp_path / "b"), "--for", "vllm"]) == 0
     assert "--max-lora-rank 512" in capsys.readouterr().out
+
+
+def test_the_commands_that_check_prints_can_be_pasted_into_a_shell(tmp_path, capsys):
+    path, _ = stored(tmp_path / "it's mine")
+    change_settings(path, base_model_name_or_path="my base; rm")
+    assert main(["check", str(path)]) == 0
+    vllm, llama_cpp = (shlex.split(line) for line in capsys.readouterr().out.splitlines()[1::2])
+    assert vllm[2] == "my base; rm"
+    assert vllm[-1] == f"NAME={path}"
+    assert llama_cpp[2] == str(path)

@@ -96,6 +96,15 @@ def test_a_column_that_is_no_text_is_an_error_and_an_empty_target_is_left_out(tm
     assert task.counts["test"] == {"read": 2, "empty target": 1, "kept": 1}
 
 
+@pytest.mark.parametrize("split", ["train", "validation", "test"])
+def test_a_file_whose_targets_are_all_empty_is_refused_as_such(split, tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text(_lines([{"question": f"{n}?", "answer": " "} for n in range(3)]))
+    task = create_task("custom", path=path, test_path=path, **QUESTION)
+    with pytest.raises(InputError, match=r"rows\.jsonl: all 3 rows have an empty target; expected"):
+        task.load(split)
+
+
 @pytest.mark.parametrize("suffix", ["jsonl", "json", "csv", "tsv", "parquet"])
 def test_every_format_gives_the_same_rows(tmp_path, suffix):
     rows = [{"question": "who, me?", "answer": "yes"}, {"question": "2?", "answer": "no"}]
@@ -133,6 +142,8 @@ def test_the_rows_and_templates_must_be_given(file):
     for options in ({}, {"path": file, "hub_id": "a/b"}):
         with pytest.raises(InputError, match=r"dataset\.path=<file or folder> or"):
             create_task("custom", **options, **QUESTION)
+    with pytest.raises(InputError, match=r"dataset\.stop holds an empty text"):
+        create_task("custom", path=file, stop=["x", ""], **QUESTION)
     with pytest.raises(InputError, match="not a regular expression"):
         create_task("custom", path=file, answer_pattern="(", **QUESTION)
 

@@ -235,6 +235,12 @@ def test_alpaca_holds_out_instructions_and_counts_rows_without_output(instructio
         assert task.counts["train"]["empty output"] == 1
 
 
+def test_alpaca_refuses_a_file_without_any_output(instructions):
+    instructions.write_text(json.dumps([{**row, "output": " "} for row in ROWS]))
+    with pytest.raises(InputError, match=r"alpaca_data_cleaned\.json: all 14 rows have an empty"):
+        create_task("alpaca", path=instructions).load("train")
+
+
 def test_instruction_sets_are_tested_on_mmlu(instructions, folder):
     for name in ("alpaca", "wizard_lm"):
         task = create_task(name, path=instructions, test_path=folder, shots=0)

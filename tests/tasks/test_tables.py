@@ -57,6 +57,11 @@ def test_a_csv_field_may_hold_commas_quotes_and_line_ends(tmp_path):
 @pytest.mark.parametrize(
     ("name", "text", "said"),
     [
+        (
+            "a.csv",
+            "a;b\n1,5;2\n",
+            r"a\.csv, line 1: the header 'a;b' .*semicolons; expected commas",
+        ),
         ("a.tsv", "a\tb\n1\t2\n1\n", r"a\.tsv, line 3: 1 columns; expected 2 \(a, b\)"),
         ("a.tsv", "a\tb\n\n1\t2\t3\n", r"a\.tsv, line 3: 3 columns; expected 2 \(a, b\)"),
         ("a.csv", 'a,b\n"x\ny",2\n1\n', r"a\.csv, line 4: 1 columns; expected 2 \(a, b\)"),

@@ -24,6 +24,9 @@ def _load(folder, text, split="test"):
         ('{"question": " ", "answer": "#### 1"}', r"line 1: .*'question', which is ' '"),
         ('{"question": "2?", "answer": "two"}', r"line 1: the answer must end in .*#### <number>"),
         ('{"question": "2?", "answer": "#### two"}', r"line 1: the answer must end in"),
+        (GOOD + r'{"question": "\ud800"}', r"line 2: a text holds '\\ud800', half of a surrogate"),
+        (GOOD + '{"question": 1' + "0" * 5000 + "}", r"test\.jsonl, line 2: a number is too long"),
+        (GOOD + "[" * 100_000, r"test\.jsonl, line 2: the JSON is nested too deeply"),
     ],
 )
 def test_a_bad_file_is_named_with_its_line(tmp_path, text, said):
@@ -65,6 +68,13 @@ def test_a_json_array_is_read_and_its_entries_are_numbered(tmp_path):
         create_task("gsm8k", path=tmp_path).load("test")
     (tmp_path / "test.json").write_text(f"[{GOOD.strip()}]")
     assert len(create_task("gsm8k", path=tmp_path).load("test")) == 1
+    (tmp_path / "test.json").write_text(rf'[{GOOD.strip()}, {{"\udfff": 1}}]')
+    with pytest.raises(InputError, match=r"test\.json, entry 1: a text holds '.udfff'"):
+        create_task("gsm8k", path=tmp_path).load("test")
+    for text, said in (("[" * 100_000, "too deeply"), (f"[{'9' * 5000}]", "number is too long")):
+        (tmp_path / "test.json").write_text(text)
+        with pytest.raises(InputError, match=rf"test\.json: .*{said}"):
+            create_task("gsm8k", path=tmp_path).load("test")
     (tmp_path / "test.json").write_text('{"data": []}')
     with pytest.raises(InputError, match="expected a JSON array of objects, found an object"):
         create_task("gsm8k", path=tmp_path).load("test")
@@ -73,6 +83,11 @@ def test_a_json_array_is_read_and_its_entries_are_numbered(tmp_path):
 def test_a_json_file_of_one_object_a_line_is_read_as_such(tmp_path):
     (tmp_path / "test.json").write_text(GOOD * 2)
     assert len(create_task("gsm8k", path=tmp_path).load("test")) == 2
+
+
+def test_both_halves_of_a_surrogate_pair_are_one_character(tmp_path):
+    (example,) = _load(tmp_path, r'{"question": "\ud83d\ude00?", "answer": "#### 2"}')
+    assert example.prompt == "Q: 😀?\nA: "
 
 
 def test_what_a_task_read_is_noted_and_a_change_is_noticed(tmp_path):
