@@ -28,10 +28,15 @@ from transformers import (
 from lora_one.adapters.allocation import alpha_pattern
 from lora_one.errors import InputError, NotPreparedError, nearest
 from lora_one.harness.config.schema import Config, ModelConfig
-from lora_one.harness.models.files import fetch_model, model_is_here, require_weights
+from lora_one.harness.models.files import (
+    fetch_model,
+    model_is_here,
+    require_tokenizer,
+    require_weights,
+)
 from lora_one.numerics.methods import METHODS
 from lora_one.tasks.base import Task
-from lora_one.tasks.encoding import TrainedArchitecture
+from lora_one.tasks.encoding import TrainedArchitecture, padding_id
 
 ROOT = Path(__file__).parents[3]
 HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?", re.ASCII)
@@ -44,6 +49,11 @@ TASK_TYPES = {
     "causal": TaskType.CAUSAL_LM,
     "seq2seq": TaskType.SEQ_2_SEQ_LM,
     "classification": TaskType.SEQ_CLS,
+}
+MODEL_TYPES = {
+    "CausalLM": "causal",
+    "ConditionalGeneration": "seq2seq",
+    "SequenceClassification": "classification",
 }
 # Names of heads that PEFT itself trains and saves in full.
 ADDED_BY_PEFT = ("classifier", "score")
@@ -82,8 +92,9 @@ def find_base(
 
     Raises:
         NotPreparedError: if the model is not here and the hub cannot be asked for it.
-        InputError: if there is no such model, its folder holds no safetensors weights, or a
-            classification head is asked for and the benchmark is no classification.
+        InputError: if there is no such model, its folder holds no safetensors weights, they are
+            not the ones of this model, ``model.type`` does not fit it, or a classification head
+            is asked for and the benchmark is no classification.
     """
     folder = local_folder(model.name)
     location = str(folder or model.name)
@@ -103,16 +114,39 @@ def find_base(
                 location, revision=model.revision, trust_remote_code=model.trust_remote_code
             )
         except (OSError, ValueError) as error:
+            if folder is not None:
+                raise InputError(
+                    f"model.name={model.name}: the folder's config.json cannot be used: "
+                    f"{_first_line(error)}"
+                ) from error
             raise _explain_missing_model(model.name, error) from error
-    architecture = {
-        "auto": "seq2seq" if config.is_encoder_decoder else "causal",
-        "CausalLM": "causal",
-        "ConditionalGeneration": "seq2seq",
-        "SequenceClassification": "classification",
-    }[model.type]
+    natural = "seq2seq" if config.is_encoder_decoder else "causal"
+    architecture = MODEL_TYPES.get(model.type, natural)
+    _require_type(config, model, architecture)
     if architecture == "classification":
         _size_head(config, task)
-    return Base(location, config, architecture, available)
+    base = Base(location, config, architecture, available)
+    # A quantised checkpoint is packed for a device, so it is looked at when it is loaded.
+    if available and not planning and not hasattr(config, "quantization_config"):
+        _load(base, model, device_map="meta")
+    return base
+
+
+def _require_type(config: PretrainedConfig, model: ModelConfig, architecture: str) -> None:
+    """Refuse ``model.type`` where transformers has no such class for this model."""
+
+    def exists(architecture: str) -> bool:
+        auto = AUTO_CLASSES[architecture]
+        own_code = getattr(config, "auto_map", None) or {}
+        return type(config) in auto._model_mapping or auto.__name__ in own_code
+
+    if exists(architecture):
+        return
+    valid = [name for name, architecture in MODEL_TYPES.items() if exists(architecture)]
+    raise InputError(
+        f"model.type={model.type}: {model.name} is a {config.model_type} model, which cannot be "
+        + (f"that. Valid for it: {', '.join(valid)}." if valid else "trained here. Give another.")
+    )
 
 
 def _size_head(config: PretrainedConfig, task: type[Task] | None) -> None:
@@ -144,52 +178,130 @@ def _is_offline() -> bool:
 
 
 def _explain_missing_model(name: str, error: Exception) -> NotPreparedError:
-    reason = str(error).strip().splitlines()[0]
     return NotPreparedError(
-        f"model.name={name}: not a local folder, and the hub did not give it ({reason}). "
-        "Or give a local folder with model.name=<path>."
+        f"model.name={name}: not a local folder, and the hub did not give it "
+        f"({_first_line(error)}). Or give a local folder with model.name=<path>."
     )
 
 
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0]
+
+
 def load_tokenizer(base: Base, model: ModelConfig) -> PreTrainedTokenizerBase:
-    """Load the tokenizer that came with the base model."""
+    """Load the tokenizer that came with the base model.
+
+    Raises:
+        InputError: There is none, or it makes tokens that the model has no embedding for.
+    """
+    if Path(base.location).is_dir():
+        require_tokenizer(Path(base.location))
     try:
-        return AutoTokenizer.from_pretrained(
+        tokenizer = AutoTokenizer.from_pretrained(
             base.location, revision=model.revision, trust_remote_code=model.trust_remote_code
         )
     except (OSError, ValueError) as error:
         raise InputError(
             f"model.name={model.name}: its tokenizer cannot be loaded: {error}"
         ) from error
+    _require_embeddings(tokenizer, base, model.name)
+    return tokenizer
+
+
+def _require_embeddings(tokenizer: PreTrainedTokenizerBase, base: Base, name: str) -> None:
+    """Refuse tokens beyond the embedding.
+
+    Special ones that no text needs may lie there: Gemma 3 has one for images, in models without.
+    """
+    rows = base.config.get_text_config().vocab_size
+    used = {tokenizer.eos_token_id, padding_id(tokenizer), *tokenizer("a").input_ids}
+    special = {id_ for id_, token in tokenizer.added_tokens_decoder.items() if token.special}
+    unused = special - used
+    vocabulary = tokenizer.get_vocab().items()
+    beyond = [(id_, token) for token, id_ in vocabulary if id_ >= rows and id_ not in unused]
+    if beyond:
+        id_, token = min(beyond)
+        raise InputError(
+            f"model.name={name}: its tokenizer has tokens ({len(beyond)}) beyond the {rows} rows "
+            f"of the embedding, the first {token!r} with id {id_}. Give the tokenizer that "
+            "belongs to the model, or resize the embedding and save the model again."
+        )
 
 
 def load_base(
     base: Base, model: ModelConfig, device: torch.device, dtype: torch.dtype
 ) -> PreTrainedModel:
     """Load the weights, safetensors only; a head that they lack starts at random."""
+    return _load(base, model, dtype=dtype).to(device)
+
+
+def _load(base: Base, model: ModelConfig, **options: Any) -> PreTrainedModel:
     sized = {"config": base.config} if base.architecture == "classification" else {}
     try:
-        loaded = AUTO_CLASSES[base.architecture].from_pretrained(
+        loaded, found = AUTO_CLASSES[base.architecture].from_pretrained(
             base.location,
             **sized,
             revision=model.revision,
             trust_remote_code=model.trust_remote_code,
-            dtype=dtype,
             use_safetensors=True,
+            output_loading_info=True,
+            # Refused below, with the names.
+            ignore_mismatched_sizes=True,
+            **options,
         )
     except (OSError, ValueError, SafetensorError) as error:
         raise InputError(
             f"model.name={model.name}: its weights cannot be loaded: {error}"
         ) from error
-    except RuntimeError as error:
-        # transformers' own word for a checkpoint whose head has another number of outputs.
-        if "ignore_mismatched_sizes" not in str(error):
-            raise
+    _require_all(loaded, found, base, model.name)
+    return loaded
+
+
+def _require_all(loaded: PreTrainedModel, found: Mapping[str, Any], base: Base, name: str) -> None:
+    """Refuse weights that transformers would draw at random; a new head is meant to be."""
+    new_head = base.architecture == "classification"
+    missing = sorted(
+        key for key in found["missing_keys"] if not (new_head and _in_head(key, loaded))
+    )
+    if missing:
         raise InputError(
-            f"model.name={model.name}: its classification head has another size than the "
+            f"model.name={name}: its checkpoint lacks {len(missing)} of the tensors of "
+            f"{type(loaded).__name__}: {_some(missing)}. Give a whole checkpoint"
+            f"{_saved_as(base.config, loaded)}."
+        )
+    other = sorted(found["mismatched_keys"])
+    if new_head and other and all(_in_head(key, loaded) for key, *_ in other):
+        raise InputError(
+            f"model.name={name}: its classification head has another size than the "
             f"{base.config.num_labels} outputs that this dataset needs; give the pretrained encoder"
-        ) from error
-    return loaded.to(device)
+        )
+    if other:
+        shapes = [f"{key} is {_by(is_)}, expected {_by(should)}" for key, is_, should in other]
+        raise InputError(
+            f"model.name={name}: its checkpoint and its config.json differ in shape: "
+            f"{_some(shapes)}. Give weights and config of the same model."
+        )
+
+
+def _in_head(key: str, model: PreTrainedModel) -> bool:
+    """Tell whether a tensor lies outside the encoder's layers, as ``_trained_in_full`` has it."""
+    prefix = f"{model.base_model_prefix}."
+    return not key.startswith(prefix) or key.startswith(f"{prefix}pooler.")
+
+
+def _saved_as(config: PretrainedConfig, model: PreTrainedModel) -> str:
+    saved = config.architectures or []
+    if not saved or type(model).__name__ in saved:
+        return ""
+    return f": this one was saved as {saved[0]}, so it may need another model.type or base"
+
+
+def _some(items: list[str]) -> str:
+    return ", ".join(items[:3]) + (f" and {len(items) - 3} more" if len(items) > 3 else "")
+
+
+def _by(shape: Iterable[int]) -> str:
+    return " x ".join(map(str, shape))
 
 
 def has_bf16() -> bool:

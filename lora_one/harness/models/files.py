@@ -6,6 +6,7 @@ Weights are safetensors only, one ``model.safetensors`` or the shards of
 """
 
 import json
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,7 @@ WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 # Tokenizers and small configuration files, at the top of the repository.
 _SMALL = (".json", ".model", ".txt", ".jinja", ".tiktoken")
+_TOKENIZER = re.compile(r"tokenizer|vocab|merges|tekken|\.model$|\.tiktoken$")
 _PICKLED = (".bin", ".pt", ".pth", ".ckpt")
 
 
@@ -112,6 +114,19 @@ def require_weights(folder: Path) -> None:
                 pass
         except SafetensorError as error:
             raise InputError(f"model.name={folder}: {name} is damaged: {error}") from error
+
+
+def require_tokenizer(folder: Path) -> None:
+    """Check that a folder holds a tokenizer; transformers would make up an empty one.
+
+    Raises:
+        InputError: It does not.
+    """
+    if not any(_TOKENIZER.search(path.name) for path in folder.iterdir()):
+        raise InputError(
+            f"model.name={folder}: the folder has no tokenizer. Expected tokenizer.json and "
+            "tokenizer_config.json beside the weights; save the model's tokenizer there."
+        )
 
 
 def weight_names(folder: Path) -> list[str]:
