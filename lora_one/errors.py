@@ -1,6 +1,6 @@
-"""The exceptions with a meaning of their own, and the search for the nearest valid name."""
+"""The exceptions with a meaning of their own, and what their messages share."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
 
 
@@ -17,6 +17,12 @@ def nearest(name: str, valid: Iterable[str]) -> str:
     by_lower_case = {choice.lower(): choice for choice in valid}
     matches = get_close_matches(str(name).lower(), by_lower_case, n=1, cutoff=0.6)
     return f" Did you mean '{by_lower_case[matches[0]]}'?" if matches else ""
+
+
+def some(items: Sequence[str], count: int = 3) -> str:
+    """Return the first items, and how many more there are; ``"none"`` for none."""
+    shown = ", ".join(items[:count]) or "none"
+    return shown + (f" and {len(items) - count} more" if len(items) > count else "")
 
 
 class NotPreparedError(InputError):

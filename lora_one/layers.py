@@ -14,7 +14,7 @@ from peft.utils.integrations import dequantize_module_weight
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from lora_one.errors import InputError, nearest
+from lora_one.errors import InputError, nearest, some
 from lora_one.sharding import is_cut, overwrite, own_part, whole
 
 _WRAPPERS = re.compile(r"(_fsdp_wrapped_module|_orig_mod|_checkpoint_wrapped_module)\.")
@@ -132,22 +132,32 @@ def adapted_layers(peft_model: PeftModel, adapter_name: str = "default") -> list
     """
     check_adapter(peft_model, adapter_name)
     layers = []
-    for name, module, plain in _lora_layers(peft_model, adapter_name):
-        if plain:
-            base = module.get_base_layer()
-            layers.append(AdaptedLayer(name, base, linear_shape(base), module, adapter_name))
+    for name, module in _plain(peft_model, adapter_name).items():
+        base = module.get_base_layer()
+        layers.append(AdaptedLayer(name, base, linear_shape(base), module, adapter_name))
     if not layers:
         candidates = [name for name, module in _linears(peft_model.get_base_model())]
         raise InputError(
             f"No linear layer carries a plain LoRA adapter named '{adapter_name}'. "
-            f"Linear layers of this model: {_some(candidates)}."
+            f"Linear layers of this model: {some(candidates, 8)}."
         )
     return layers
 
 
 def other_adapted(peft_model: PeftModel, adapter_name: str = "default") -> list[str]:
     """Return the names of the other adapted layers, which keep PEFT's own start."""
-    return [name for name, _, plain in _lora_layers(peft_model, adapter_name) if not plain]
+    plain = _plain(peft_model, adapter_name)
+    return [name for name in lora_layers(peft_model, adapter_name) if name not in plain]
+
+
+def lora_layers(peft_model: PeftModel, adapter_name: str = "default") -> dict[str, LoraLayer]:
+    """Return the layers that carry the named adapter, of any kind, by name in the base model."""
+    return {
+        base_name(name): module
+        for name, module in peft_model.get_base_model().named_modules()
+        if isinstance(module, LoraLayer)
+        and (adapter_name in module.lora_A or adapter_name in module.lora_embedding_A)
+    }
 
 
 def dependent_layers(peft_model: PeftModel, adapter_name: str) -> set[nn.Module]:
@@ -195,7 +205,7 @@ def plain_layers(model: nn.Module, target_modules: Collection[str] | str) -> lis
         hint = nearest(str(target_modules), {name.rpartition(".")[2] for name in names})
         raise InputError(
             f"target_modules={target_modules!r} matches no linear layer.{hint} "
-            f"Linear layers of this model: {_some(names)}."
+            f"Linear layers of this model: {some(names, 8)}."
         )
     return [TargetLayer(name, module, linear_shape(module)) for name, module in chosen]
 
@@ -215,16 +225,16 @@ def check_adapter(peft_model: PeftModel, adapter_name: str) -> None:
         )
 
 
-def _lora_layers(peft_model: PeftModel, adapter_name: str) -> Iterable[tuple[str, LoraLayer, bool]]:
-    """Yield name and module of each adapted layer, and whether it is a plain linear one."""
+def _plain(peft_model: PeftModel, adapter_name: str) -> dict[str, LoraLayer]:
     dependent = dependent_layers(peft_model, adapter_name)
-    for name, module in peft_model.get_base_model().named_modules():
-        if not isinstance(module, LoraLayer):
-            continue
-        plain = adapter_name in module.lora_A and is_linear(module.get_base_layer())
-        plain = plain and not isinstance(module, AdaLoraLayer) and module not in dependent
-        if adapter_name in module.lora_A or adapter_name in module.lora_embedding_A:
-            yield base_name(name), module, plain
+    return {
+        name: module
+        for name, module in lora_layers(peft_model, adapter_name).items()
+        if adapter_name in module.lora_A
+        and is_linear(module.get_base_layer())
+        and not isinstance(module, AdaLoraLayer)
+        and module not in dependent
+    }
 
 
 def _head(model: nn.Module) -> nn.Module | None:
@@ -240,11 +250,6 @@ def _linears(model: nn.Module) -> Iterable[tuple[str, nn.Module]]:
     for name, module in model.named_modules():
         if is_linear(module) and ".lora_" not in name:
             yield base_name(name).removesuffix(".base_layer"), module
-
-
-def _some(names: list[str], count: int = 8) -> str:
-    shown = ", ".join(names[:count]) or "none"
-    return shown + (f" and {len(names) - count} more" if len(names) > count else "")
 
 
 def model_device(model: nn.Module) -> torch.device:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from lora_one.errors import InputError, NotPreparedError
+from lora_one.errors import InputError, NotPreparedError, some
 
 Kind = Literal["model", "dataset"]
 
@@ -190,10 +190,9 @@ def _require_here(repository: str, kind: Kind, revision: str | None, names: list
         )
     missing = snapshot.missing(set(names) & set(snapshot.names))
     if missing:
-        shown = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if missing[3:] else "")
         raise NotPreparedError(
-            f"the {kind} '{repository}'{at} is here in part only: {shown} missing or cut short in "
-            f"{snapshot.folder}, and HF_HUB_OFFLINE=1 forbids to fetch it"
+            f"the {kind} '{repository}'{at} is here in part only: {some(missing)} missing or cut "
+            f"short in {snapshot.folder}, and HF_HUB_OFFLINE=1 forbids to fetch it"
         )
     return snapshot
 

@@ -18,7 +18,7 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 
-from lora_one.adapters.stored import pattern_keys
+from lora_one.adapters.stored import pattern_key
 from lora_one.adapters.write import Options
 from lora_one.errors import InputError
 from lora_one.gradients.estimate import finite_norm
@@ -161,8 +161,9 @@ def allocate_ranks(
     costs = [sum(layer.shape) for layer in layers]
     found = share_budget(gains, costs, rank)
     total = math.fsum(totals.values()) or 1.0
+    names = [layer.name for layer in layers]
     return RankAllocation(
-        dict(zip(pattern_keys([layer.name for layer in layers]).values(), found, strict=True)),
+        {pattern_key(name, names): r for name, r in zip(names, found, strict=True)},
         sum(r * cost for r, cost in zip(found, costs, strict=True)),
         rank * sum(costs),
         captured(gains, found) / total,

@@ -30,7 +30,7 @@ from lora_one.adapters.checks import check_base_is_untouched
 from lora_one.adapters.stored import (
     ORIGIN,
     check_replaceable,
-    pattern_keys,
+    pattern_key,
     rescaling,
     write_folder,
 )
@@ -230,9 +230,14 @@ def _plain_config(
         alphas[key] = plain.alpha if plain else module.lora_alpha[adapter_name]
     exported.r = Counter(ranks.values()).most_common(1)[0][0]
     exported.lora_alpha = Counter(alphas.values()).most_common(1)[0][0]
-    keys = pattern_keys(ranks)
-    exported.rank_pattern = {keys[k]: v for k, v in ranks.items() if v != exported.r}
-    exported.alpha_pattern = {keys[k]: v for k, v in alphas.items() if v != exported.lora_alpha}
+    exported.rank_pattern = {
+        pattern_key(name, ranks): r for name, r in ranks.items() if r != exported.r
+    }
+    exported.alpha_pattern = {
+        pattern_key(name, ranks): alpha
+        for name, alpha in alphas.items()
+        if alpha != exported.lora_alpha
+    }
     if exported.base_model_name_or_path is None:
         exported.base_model_name_or_path = getattr(
             peft_model.get_base_model(), "name_or_path", None

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from lora_one.adapters.checks import parameter_uses
 from lora_one.errors import InputError
 from lora_one.gradients.tokens import to_device
-from lora_one.layers import base_name, check_adapter, is_linear, is_quantised, model_device
+from lora_one.layers import check_adapter, is_linear, is_quantised, lora_layers, model_device
 
 
 @torch.no_grad()
@@ -43,7 +43,14 @@ def merge_adapter(
             that are not finite.
         RuntimeError: if the logits differ by more than the tolerance.
     """
-    for name, layer in lora_layers(peft_model, adapter_name).items():
+    check_adapter(peft_model, adapter_name)
+    layers = lora_layers(peft_model, adapter_name)
+    if not layers:
+        raise InputError(
+            f"no layer carries a LoRA adapter named '{adapter_name}'; expected one made from a "
+            "LoraConfig."
+        )
+    for name, layer in layers.items():
         base = layer.get_base_layer()
         if is_linear(base) and is_quantised(base):
             raise InputError(
@@ -64,27 +71,6 @@ def merge_adapter(
     if before is not None:
         check_same_logits(before, logits_of(merged, batch), tolerance)
     return merged
-
-
-def lora_layers(peft_model: PeftModel, adapter_name: str = "default") -> dict[str, LoraLayer]:
-    """Return the layers that carry the named adapter, of any kind, by name in the base model.
-
-    Raises:
-        InputError: if the model has no such adapter or no such layer.
-    """
-    check_adapter(peft_model, adapter_name)
-    layers = {
-        base_name(name): module
-        for name, module in peft_model.get_base_model().named_modules()
-        if isinstance(module, LoraLayer)
-        and (adapter_name in module.lora_A or adapter_name in module.lora_embedding_A)
-    }
-    if not layers:
-        raise InputError(
-            f"no layer carries a LoRA adapter named '{adapter_name}'; expected one made from a "
-            "LoraConfig."
-        )
-    return layers
 
 
 @torch.no_grad()

@@ -15,9 +15,10 @@ from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
-from lora_one.adapters.merge import check_same_logits, logits_of, lora_layers, merge_adapter
+from lora_one.adapters.merge import check_same_logits, logits_of, merge_adapter
 from lora_one.adapters.stored import PREFIX, StoredAdapter
 from lora_one.errors import InputError, nearest
+from lora_one.layers import lora_layers
 from lora_one.snapshots import fetch
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

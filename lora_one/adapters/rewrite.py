@@ -21,7 +21,7 @@ from lora_one.adapters.stored import (
     StoredAdapter,
     StoredLayer,
     check_replaceable,
-    pattern_keys,
+    pattern_key,
     rescaling,
     scaling,
     write_folder,
@@ -159,13 +159,13 @@ def _of_layers(adapter: StoredAdapter, layers: list[StoredLayer]) -> StoredAdapt
     """Return the adapter with these layers: settings and biases that follow from them."""
     rank = _commonest(layer.r for layer in layers)
     alpha = _commonest(layer.alpha for layer in layers)
-    keys = pattern_keys([layer.name for layer in layers])
+    names = [layer.name for layer in layers]
     config = {
         **adapter.config,
         "r": rank,
         "lora_alpha": alpha,
-        "rank_pattern": {keys[x.name]: x.r for x in layers if x.r != rank},
-        "alpha_pattern": {keys[x.name]: x.alpha for x in layers if x.alpha != alpha},
+        "rank_pattern": {pattern_key(x.name, names): x.r for x in layers if x.r != rank},
+        "alpha_pattern": {pattern_key(x.name, names): x.alpha for x in layers if x.alpha != alpha},
     }
     others = dict(adapter.others)
     for old, new in zip(adapter.layers, layers, strict=True):

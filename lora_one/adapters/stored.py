@@ -243,18 +243,15 @@ def pattern_value(pattern: Mapping[str, Any] | None, name: str, otherwise: Any) 
     return otherwise
 
 
-def pattern_keys(names: Collection[str]) -> dict[str, str]:
-    """Return a key of ``rank_pattern`` and ``alpha_pattern`` for each layer that fits it alone.
+def pattern_key(name: str, names: Collection[str]) -> str:
+    """Return a key of ``rank_pattern`` and ``alpha_pattern`` that one of the layers alone fits.
 
     It is the layer's name, as PEFT writes it, unless that is also the end of another layer's.
     """
-    keys = {}
-    for name in names:
-        key = re.escape(name).replace(r"\.", ".")
-        fits = re.compile(rf"(.*\.)?({key})").fullmatch
-        alone = sum(fits(other) is not None for other in names) == 1
-        keys[name] = key if alone else f"^{re.escape(name)}"
-    return keys
+    key = re.escape(name).replace(r"\.", ".")
+    fits = re.compile(rf"(.*\.)?({key})").fullmatch
+    alone = sum(fits(other) is not None for other in names) == 1
+    return key if alone else f"^{re.escape(name)}"
 
 
 def rescaling(s: float, new_s: float) -> float:

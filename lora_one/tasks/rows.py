@@ -10,7 +10,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from lora_one.errors import InputError
+from lora_one.errors import InputError, some
 from lora_one.tasks.hub import fetch_split, split_is_here
 from lora_one.tasks.reads import note_read
 from lora_one.tasks.tables import read_comma_separated, read_parquet, read_tab_separated
@@ -311,5 +311,4 @@ def what_is_in(folder: Path) -> str:
     names = sorted(entry.name for entry in folder.iterdir())
     if not names:
         return f"{folder} is empty"
-    shown = ", ".join(names[:12]) + (f" and {len(names) - 12} more" if len(names) > 12 else "")
-    return f"{folder} holds: {shown}"
+    return f"{folder} holds: {some(names, 12)}"

@@ -15,7 +15,7 @@ from torch import nn
 
 import lora_one
 from lora_one.adapters.command import main
-from lora_one.adapters.stored import pattern_keys, pattern_value, read_stored
+from lora_one.adapters.stored import pattern_key, pattern_value, read_stored
 
 from .tiny import Endings, adapted, logits, perturb, tiny_llama
 
@@ -278,7 +278,7 @@ def test_patterns_fit_no_layer_whose_name_ends_like_anothers(tmp_path):
 
 def test_a_layers_key_fits_its_name_alone():
     names = ["proj", "sub.proj", "sub.other", "a.b", "x.a_b", "a+b"]
-    keys = pattern_keys(names)
+    keys = {name: pattern_key(name, names) for name in names}
     assert keys["sub.proj"] == "sub.proj"
     for name, key in keys.items():
         assert [other for other in names if pattern_value({key: 1}, other, 0)] == [name]

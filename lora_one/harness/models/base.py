@@ -28,6 +28,7 @@ from transformers import (
 from lora_one.adapters.allocation import alpha_pattern
 from lora_one.errors import InputError, NotPreparedError, nearest
 from lora_one.harness.config.schema import Config, ModelConfig
+from lora_one.harness.models.consistency import require_embeddings, require_whole
 from lora_one.harness.models.files import (
     fetch_model,
     model_is_here,
@@ -36,7 +37,7 @@ from lora_one.harness.models.files import (
 )
 from lora_one.numerics.methods import METHODS
 from lora_one.tasks.base import Task
-from lora_one.tasks.encoding import TrainedArchitecture, padding_id
+from lora_one.tasks.encoding import TrainedArchitecture
 
 ROOT = Path(__file__).parents[3]
 HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?", re.ASCII)
@@ -204,28 +205,8 @@ def load_tokenizer(base: Base, model: ModelConfig) -> PreTrainedTokenizerBase:
         raise InputError(
             f"model.name={model.name}: its tokenizer cannot be loaded: {error}"
         ) from error
-    _require_embeddings(tokenizer, base, model.name)
+    require_embeddings(tokenizer, base.config, model.name)
     return tokenizer
-
-
-def _require_embeddings(tokenizer: PreTrainedTokenizerBase, base: Base, name: str) -> None:
-    """Refuse tokens beyond the embedding.
-
-    Special ones that no text needs may lie there: Gemma 3 has one for images, in models without.
-    """
-    rows = base.config.get_text_config().vocab_size
-    used = {tokenizer.eos_token_id, padding_id(tokenizer), *tokenizer("a").input_ids}
-    special = {id_ for id_, token in tokenizer.added_tokens_decoder.items() if token.special}
-    unused = special - used
-    vocabulary = tokenizer.get_vocab().items()
-    beyond = [(id_, token) for token, id_ in vocabulary if id_ >= rows and id_ not in unused]
-    if beyond:
-        id_, token = min(beyond)
-        raise InputError(
-            f"model.name={name}: its tokenizer has tokens ({len(beyond)}) beyond the {rows} rows "
-            f"of the embedding, the first {token!r} with id {id_}. Give the tokenizer that "
-            "belongs to the model, or resize the embedding and save the model again."
-        )
 
 
 def load_base(
@@ -253,55 +234,8 @@ def _load(base: Base, model: ModelConfig, **options: Any) -> PreTrainedModel:
         raise InputError(
             f"model.name={model.name}: its weights cannot be loaded: {error}"
         ) from error
-    _require_all(loaded, found, base, model.name)
+    require_whole(loaded, found, base.architecture == "classification", model.name)
     return loaded
-
-
-def _require_all(loaded: PreTrainedModel, found: Mapping[str, Any], base: Base, name: str) -> None:
-    """Refuse weights that transformers would draw at random; a new head is meant to be."""
-    new_head = base.architecture == "classification"
-    missing = sorted(
-        key for key in found["missing_keys"] if not (new_head and _in_head(key, loaded))
-    )
-    if missing:
-        raise InputError(
-            f"model.name={name}: its checkpoint lacks {len(missing)} of the tensors of "
-            f"{type(loaded).__name__}: {_some(missing)}. Give a whole checkpoint"
-            f"{_saved_as(base.config, loaded)}."
-        )
-    other = sorted(found["mismatched_keys"])
-    if new_head and other and all(_in_head(key, loaded) for key, *_ in other):
-        raise InputError(
-            f"model.name={name}: its classification head has another size than the "
-            f"{base.config.num_labels} outputs that this dataset needs; give the pretrained encoder"
-        )
-    if other:
-        shapes = [f"{key} is {_by(is_)}, expected {_by(should)}" for key, is_, should in other]
-        raise InputError(
-            f"model.name={name}: its checkpoint and its config.json differ in shape: "
-            f"{_some(shapes)}. Give weights and config of the same model."
-        )
-
-
-def _in_head(key: str, model: PreTrainedModel) -> bool:
-    """Tell whether a tensor lies outside the encoder's layers, as ``_trained_in_full`` has it."""
-    prefix = f"{model.base_model_prefix}."
-    return not key.startswith(prefix) or key.startswith(f"{prefix}pooler.")
-
-
-def _saved_as(config: PretrainedConfig, model: PreTrainedModel) -> str:
-    saved = config.architectures or []
-    if not saved or type(model).__name__ in saved:
-        return ""
-    return f": this one was saved as {saved[0]}, so it may need another model.type or base"
-
-
-def _some(items: list[str]) -> str:
-    return ", ".join(items[:3]) + (f" and {len(items) - 3} more" if len(items) > 3 else "")
-
-
-def _by(shape: Iterable[int]) -> str:
-    return " x ".join(map(str, shape))
 
 
 def has_bf16() -> bool:
