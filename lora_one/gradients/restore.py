@@ -2,8 +2,9 @@
 
 import random
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -53,7 +54,7 @@ def left_as_found(
     repacking = [(m, m.support_avx512bf16_for_cpu) for m in modules if _may_repack(m)]
     off = model.disable_adapter() if is_peft and not adapters else nullcontext()
     try:
-        with torch.random.fork_rng(devices=cuda), _other_random_numbers(), off:
+        with torch.random.fork_rng(devices=cuda), _other_random_numbers(), off, _eagerly(modules):
             if seed is not None:
                 torch.manual_seed(seed)
                 np.random.seed(seed % 2**32)
@@ -79,6 +80,16 @@ def left_as_found(
             for buffer, content in statistics:
                 if not torch.equal(buffer, content):  # a graph that is alive may hold it
                     buffer.copy_(content)
+
+
+def _eagerly(modules: list[nn.Module]) -> AbstractContextManager[Any]:
+    """Run compiled modules as they were written: nothing is compiled for a single pass.
+
+    What is compiled also counts towards the limit at which PyTorch gives a function up, so that
+    training would run uncompiled.
+    """
+    compiled = any(module._compiled_call_impl is not None for module in modules)
+    return torch.compiler.set_stance("force_eager") if compiled else nullcontext()
 
 
 @contextmanager

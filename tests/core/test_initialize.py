@@ -181,6 +181,22 @@ def test_a_start_is_computed_in_full_precision_under_autocast(
         assert torch.equal(a, b)
 
 
+def test_nothing_is_compiled_for_the_start_of_a_compiled_model(llama, llama_batches):
+    compiled = []
+
+    def backend(graph, inputs):
+        compiled.append(graph)
+        return graph.forward
+
+    model = adapted(llama)
+    model.compile(backend=backend)
+    report = lora_one.initialize(model, llama_batches, method="lora_one")
+    assert report.layers and not report.warnings
+    assert not compiled
+    model(**llama_batches[0])
+    assert compiled
+
+
 def test_losses_are_those_of_the_started_adapter_alone(llama, llama_batches):
     config = LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"])
     alone = get_peft_model(copy.deepcopy(llama), config, adapter_name="second")
