@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lora_one.numerics.precision import full_precision
 from lora_one.numerics.preconditioner import damped_inverse, precondition
 
 Pair = tuple[nn.Parameter, nn.Parameter]
@@ -32,22 +33,21 @@ def precondition_pairs(pairs: list[Pair], reg: float, *, relative: bool = False)
             groups[False, A.shape, B.shape, A.dtype, B.dtype, A.device].append((A, B))
     for (on_cpu, *_), group in groups.items():
         if on_cpu:
-            with _one_core():
+            with _one_core(), full_precision(group[0][0].device):
                 _precondition_one_by_one(group, reg, relative)
         else:
             _precondition_stacked(group, reg, relative)
 
 
 def _precondition_stacked(group: list[Pair], reg: float, relative: bool) -> None:
-    with torch.autocast(group[0][0].device.type, enabled=False):  # it would multiply in bf16
-        new_A, new_B = precondition(
-            torch.stack([A.detach() for A, _ in group]),
-            torch.stack([B.detach() for _, B in group]),
-            torch.stack([_gradient(A) for A, _ in group]),
-            torch.stack([_gradient(B) for _, B in group]),
-            reg,
-            relative=relative,
-        )
+    new_A, new_B = precondition(
+        torch.stack([A.detach() for A, _ in group]),
+        torch.stack([B.detach() for _, B in group]),
+        torch.stack([_gradient(A) for A, _ in group]),
+        torch.stack([_gradient(B) for _, B in group]),
+        reg,
+        relative=relative,
+    )
     present = [
         (factor.grad, value)
         for (A, B), a, b in zip(group, new_A, new_B, strict=True)

@@ -27,6 +27,7 @@ from lora_one.layers import (
 )
 from lora_one.numerics.factors import SCALES, Factors, Layer, clip_to_weight
 from lora_one.numerics.methods import METHODS, Method
+from lora_one.numerics.precision import full_precision
 from lora_one.numerics.svd import Summands
 from lora_one.sharding import reshard
 
@@ -149,7 +150,7 @@ def compute_factors(
         summands=summands,
         device=layer.A.device,
     )
-    with torch.autocast(layer.A.device.type, enabled=False):
+    with full_precision(layer.A.device):
         factors = options.spec.function(problem)
         return clip_to_weight(factors, W, layer.s) if options.norm_clip else factors
 
@@ -180,7 +181,7 @@ def layer_report(layer: AdaptedLayer, factors: Factors, gradient_norm: float | N
 def product_norm(B: Tensor, A: Tensor, s: float) -> float:
     """Return ``||s B A||_F`` from the r x r Gram matrices: sqrt(tr(BᵀB AAᵀ)) s."""
     B, A = B.float(), A.float()
-    with torch.autocast(B.device.type, enabled=False):
+    with full_precision(B.device):
         return s * float(((B.T @ B) * (A @ A.T)).sum().clamp(min=0).sqrt())
 
 
@@ -201,7 +202,7 @@ def subtract_offset(layer: AdaptedLayer) -> None:
     """``W <- W - s B A`` with the adapter's present, rounded factors; fp32, rounded once."""
     W = base_weight(layer.module)
     dtype = torch.promote_types(W.dtype, torch.float32)
-    with torch.autocast(W.device.type, enabled=False):
+    with full_precision(W.device):
         offset = layer.s * (layer.B.detach().to(dtype) @ layer.A.detach().to(dtype))
     write_base_weight(layer, W.to(dtype) - offset.to(W.device))
 
@@ -218,7 +219,7 @@ def reset_dora_magnitude(layer: AdaptedLayer) -> None:
         return
     dora: DoraLinearLayer = magnitudes[layer.adapter_name]
     old = dora.weight
-    with torch.autocast(old.device.type, enabled=False):
+    with full_precision(old.device):
         dora.update_layer(base_layer=layer.module, lora_A=layer.A, lora_B=layer.B, scaling=layer.s)
     old.copy_(dora.weight)
     dora.weight = old

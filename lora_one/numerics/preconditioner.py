@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from lora_one.errors import NonFiniteError
+from lora_one.numerics.precision import full_precision
 
 EPS_FALLBACK = 32
 """Rounding in a Gram matrix stays below a few eps times its trace; 32 leaves a margin."""
@@ -49,13 +50,15 @@ def damped_inverse(gram: Tensor, damping: float, *, relative: bool = False) -> T
             check, and the inverse is not finite.
     """
     L = damped_gram_factor(gram, damping, relative=relative)
-    try:
-        return torch.cholesky_inverse(L)
-    except torch.linalg.LinAlgError:
+    if L.device.type == "cpu" and (L.diagonal(dim1=-2, dim2=-1) == 0).any():
         raise NonFiniteError(
             f"a LoRA factor's Gram matrix is singular with damping {damping}: the factor is zero, "
             "as B is at LoRA's own start. Give a positive damping (reg)."
-        ) from None
+        )
+    # Not cholesky_inverse: a CUDA version of it takes one matrix after the other.
+    eye = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
+    inverse = torch.linalg.solve_triangular(L, eye, upper=False)
+    return inverse.mT @ inverse
 
 
 def precondition(
@@ -86,6 +89,7 @@ def precondition(
     """
     dtype = torch.promote_types(torch.promote_types(A.dtype, B.dtype), torch.float32)
     A, B = A.to(dtype), B.to(dtype)
-    K_A = damped_inverse(B.mT @ B, damping, relative=relative)
-    K_B = damped_inverse(A @ A.mT, damping, relative=relative)
-    return K_A @ grad_A.to(dtype), grad_B.to(dtype) @ K_B
+    with full_precision(A.device):
+        K_A = damped_inverse(B.mT @ B, damping, relative=relative)
+        K_B = damped_inverse(A @ A.mT, damping, relative=relative)
+        return K_A @ grad_A.to(dtype), grad_B.to(dtype) @ K_B

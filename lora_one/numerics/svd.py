@@ -12,6 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lora_one.numerics.precision import full_precision
+
 EXACT_SIDE = 128
 """Up to this smaller side, or 6 times the rank, LAPACK's decomposition is as fast as iterating."""
 WIDTH = 16
@@ -127,10 +129,11 @@ def truncated_svd(
         svd = TruncatedSVD(U[:, :rank], S[:rank], Vh[:rank], following, 0.0, norm)
         return _with_signs(svd)
     generator = private_generator(0) if generator is None else generator
-    if m > n:  # the basis lives on the shorter side
-        V, S, Uh, *rest = _krylov(M.mT, rank, tolerance, generator, summands)
-        return _with_signs(TruncatedSVD(Uh.mT, S, V.mT, *rest))
-    return _with_signs(_krylov(M, rank, tolerance, generator, summands))
+    with full_precision(M.device):
+        if m > n:  # the basis lives on the shorter side
+            V, S, Uh, *rest = _krylov(M.mT, rank, tolerance, generator, summands)
+            return _with_signs(TruncatedSVD(Uh.mT, S, V.mT, *rest))
+        return _with_signs(_krylov(M, rank, tolerance, generator, summands))
 
 
 def expected_columns(rank: int) -> int:

@@ -19,6 +19,15 @@ pytestmark = [
 ]
 
 
+@pytest.fixture(params=["highest", "high"])
+def allowed(request):
+    """What the caller allows for products of fp32 matrices; ``high`` is TF32."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(request.param)
+    yield
+    torch.set_float32_matmul_precision(before)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_tensor_core_products_are_summed_in_fp32(dtype):
     x, g = (torch.randn(3, 500, n, device="cuda").to(dtype) for n in (64, 48))
@@ -28,6 +37,7 @@ def test_tensor_core_products_are_summed_in_fp32(dtype):
     assert float((ours - exact).norm() / exact.norm()) < 1e-5
 
 
+@pytest.mark.usefixtures("allowed")
 def test_decomposition_agrees_with_lapack():
     matrix, U, S, Vh = known_spectrum(600, 400, [1.1**-i for i in range(60)], dtype=torch.float32)
     found = truncated_svd(matrix.cuda(), 8)
@@ -49,6 +59,7 @@ def test_start_on_gpu_equals_start_on_cpu(method, tmp_path):
         assert torch.equal(a, b)
 
 
+@pytest.mark.usefixtures("allowed")
 def test_stacked_pairs_equal_a_float64_solve():
     model = adapted(tiny_llama()).cuda()
     perturb_on_cpu = adapted(tiny_llama())
@@ -66,7 +77,7 @@ def test_stacked_pairs_equal_a_float64_solve():
     precondition_pairs(pairs, 1e-3)
     ours = [factor.grad for pair in pairs for factor in pair]
     for gradient, exact in zip(ours, expected, strict=True):
-        assert float((gradient - exact).norm() / exact.norm()) < 1e-3
+        assert float((gradient - exact).norm() / exact.norm()) < 1e-4
 
 
 def test_an_adapter_on_another_device_than_its_layer_is_refused():
