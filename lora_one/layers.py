@@ -73,9 +73,23 @@ def linear_shape(module: nn.Module) -> tuple[int, int]:
 
 
 def is_quantised(module: nn.Module) -> bool:
-    """Whether the stored weight is not the matrix W itself in a floating dtype."""
+    """Whether the stored weight is other than W itself in a floating dtype of at least 16 bits."""
     weight = getattr(module, "weight", None)
-    return weight is None or not weight.is_floating_point() or hasattr(weight, "quant_state")
+    if weight is None or hasattr(module, "W_q") or hasattr(weight, "quant_state"):
+        return True
+    return not weight.is_floating_point() or weight.element_size() == 1 or _is_torchao(weight)
+
+
+def is_readable(module: nn.Module) -> bool:
+    """Whether ``base_weight`` can tell W: of quantised layers, that of those whose format it knows.
+
+    These are bitsandbytes (4 and 8 bit), transformers' FP8, HQQ and torchao.
+    """
+    weight = getattr(module, "weight", None)
+    if not is_quantised(module) or hasattr(module, "W_q") or _is_torchao(weight):
+        return True
+    bitsandbytes = type(weight).__name__ in ("Params4bit", "Int8Params")
+    return bitsandbytes or (_is_fp8(module) and weight.is_floating_point())
 
 
 def is_out_of_reach(layer: TargetLayer) -> bool:
@@ -90,11 +104,13 @@ def base_weight(module: nn.Module) -> Tensor:
 
     Collective where FSDP2 has cut the weight up.
     """
-    if type(module.weight).__name__ == "Int8Params":
+    if type(getattr(module, "weight", None)).__name__ == "Int8Params":
         # PEFT's dequantisation moves the parameter, after which a layer on the CPU has lost its
         # scales. An entry is its integer times its row's largest magnitude / 127.
         scales = module.weight.SCB if module.state.SCB is None else module.state.SCB
         return module.weight.detach() * (scales.view(-1, 1).float() / 127)
+    if _is_fp8(module):
+        return module.weight.detach().float() * _scales(module)
     weight = dequantize_module_weight(module) if is_quantised(module) else module.weight
     weight = whole(weight.detach())
     return weight.T if isinstance(module, Conv1D) else weight
@@ -223,6 +239,24 @@ def check_adapter(peft_model: PeftModel, adapter_name: str) -> None:
             f"no adapter named '{adapter_name}'.{nearest(adapter_name, valid)} "
             f"Adapters of this model: {', '.join(valid)}."
         )
+
+
+def _is_fp8(module: nn.Module) -> bool:
+    return is_quantised(module) and getattr(module, "weight_scale_inv", None) is not None
+
+
+def _is_torchao(weight: Tensor | None) -> bool:
+    return type(weight).__module__.startswith("torchao.")
+
+
+def _scales(module: nn.Module) -> Tensor:
+    """Return what multiplies each entry of transformers' FP8 weight: one number, or one a block."""
+    scales = module.weight_scale_inv.detach().float()
+    if module.block_size is None:
+        return scales
+    for dim, size in enumerate(module.block_size):
+        scales = scales.repeat_interleave(size, dim).narrow(dim, 0, module.weight.shape[dim])
+    return scales
 
 
 def _plain(peft_model: PeftModel, adapter_name: str) -> dict[str, LoraLayer]:

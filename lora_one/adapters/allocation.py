@@ -18,6 +18,7 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 
+from lora_one.adapters.checks import check_readable
 from lora_one.adapters.stored import pattern_key
 from lora_one.adapters.write import Options
 from lora_one.errors import InputError
@@ -139,6 +140,7 @@ def allocate_ranks(
 
     if spec.needs == "weight":
         for layer in layers:
+            check_readable(layer, method)
             W = base_weight(layer.module)
             measure(layer.name, W, float(W.float().norm()))
     elif batches is None:

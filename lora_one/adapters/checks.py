@@ -10,7 +10,13 @@ from torch import nn
 from lora_one.adapters.stored import changes_base
 from lora_one.adapters.write import Options, initial_state, initial_states
 from lora_one.errors import InputError
-from lora_one.layers import AdaptedLayer, is_out_of_reach, is_quantised
+from lora_one.layers import (
+    AdaptedLayer,
+    TargetLayer,
+    is_out_of_reach,
+    is_quantised,
+    is_readable,
+)
 from lora_one.numerics.methods import METHODS
 from lora_one.sharding import is_cut, own_part, reshard
 
@@ -49,12 +55,24 @@ def check_layers(layers: list[AdaptedLayer], options: Options) -> None:
                 f"its weight. Methods that leave it alone: {_without_offset()}. Or initialise on "
                 "the unquantised model and quantise the offset weights afterwards."
             )
+        if options.reads_weight:
+            check_readable(layer, options.method)
         if (spec.offset or options.reads_weight) and is_out_of_reach(layer):
             raise InputError(
                 f"the weight of layer '{layer.name}' is sharded, and {options.method} needs all "
                 "of it. Initialise before wrapping the model with FSDP1 or DeepSpeed ZeRO-3, or "
                 "shard it with FSDP2 (fully_shard)."
             )
+
+
+def check_readable(layer: TargetLayer, method: str) -> None:
+    """Raise ``InputError`` for a quantised layer whose format hides W."""
+    if not is_readable(layer.module):
+        raise InputError(
+            f"layer '{layer.name}' is a {type(layer.module).__name__}, whose weight is packed in a "
+            f"way that is not known here, and {method} as asked for looks at it. Leave norm_clip "
+            "and the scale weightS out, choose lora or lora_one, or load the model unquantised."
+        )
 
 
 def _check_present(layer: AdaptedLayer) -> None:

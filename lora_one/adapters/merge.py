@@ -50,13 +50,7 @@ def merge_adapter(
             f"no layer carries a LoRA adapter named '{adapter_name}'; expected one made from a "
             "LoraConfig."
         )
-    for name, layer in layers.items():
-        base = layer.get_base_layer()
-        if is_linear(base) and is_quantised(base):
-            raise InputError(
-                f"layer '{name}' is quantised; export the adapter and merge it into the "
-                "unquantised base model."
-            )
+    check_unquantised(layers)
     peft_model.eval().float()
     # The logits before and modules_to_save are those of the active adapter.
     peft_model.base_model.enable_adapter_layers()
@@ -71,6 +65,17 @@ def merge_adapter(
     if before is not None:
         check_same_logits(before, logits_of(merged, batch), tolerance)
     return merged
+
+
+def check_unquantised(layers: Mapping[str, LoraLayer]) -> None:
+    """Raise ``InputError`` for a quantised layer, before ``float()`` hides that it is one."""
+    for name, layer in layers.items():
+        base = layer.get_base_layer()
+        if is_linear(base) and is_quantised(base):
+            raise InputError(
+                f"layer '{name}' is quantised; export the adapter and merge it into the "
+                "unquantised base model."
+            )
 
 
 @torch.no_grad()

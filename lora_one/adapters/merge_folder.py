@@ -15,7 +15,12 @@ from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
-from lora_one.adapters.merge import check_same_logits, logits_of, merge_adapter
+from lora_one.adapters.merge import (
+    check_same_logits,
+    check_unquantised,
+    logits_of,
+    merge_adapter,
+)
 from lora_one.adapters.stored import PREFIX, StoredAdapter
 from lora_one.errors import InputError, nearest
 from lora_one.layers import lora_layers
@@ -95,7 +100,9 @@ def merge_folder(
         dtype = dtype or model.dtype
         if dtype not in TOLERANCES:
             raise InputError(f"the base is in {dtype}: give --dtype, one of {', '.join(DTYPES)}.")
-        peft_model = _attach(adapter, model, name).float()
+        peft_model = _attach(adapter, model, name)
+        check_unquantised(lora_layers(peft_model))
+        peft_model.float()
         probe = _probe(model.config)
         before = logits_of(peft_model, probe)
         merged = merge_adapter(peft_model, dtype=dtype)

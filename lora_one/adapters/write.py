@@ -23,6 +23,7 @@ from lora_one.layers import (
     AdaptedLayer,
     base_weight,
     is_out_of_reach,
+    is_readable,
     write_base_weight,
 )
 from lora_one.numerics.factors import SCALES, Factors, Layer, clip_to_weight
@@ -164,7 +165,7 @@ def layer_report(layer: AdaptedLayer, factors: Factors, gradient_norm: float | N
         gradient_norm: Frobenius norm of G, None for methods that do not use it.
     """
     report = LayerReport(layer.name, layer.shape, layer.r)
-    unknown = not hasattr(layer.module, "weight") or is_out_of_reach(layer)
+    unknown = not is_readable(layer.module) or is_out_of_reach(layer)
     W_norm = None if unknown else float(base_weight(layer.module).float().norm())
     if W_norm:
         report.norm_ratio = product_norm(factors.B, factors.A, layer.s) / W_norm
