@@ -27,8 +27,11 @@ from lora_one.harness.models.base import (
 )
 from lora_one.harness.training.diagnostics import choose_layers, reference_batches
 from lora_one.harness.training.loop import Schedule, plan_steps
+from lora_one.numerics.methods import METHODS
 from lora_one.tasks.encoding import Collator, padding_id
 from lora_one.tasks.registry import TASKS
+
+ALWAYS_PACKED = ("bitsandbytes", "gptq", "awq")
 
 
 @dataclass(frozen=True)
@@ -121,12 +124,29 @@ def plan_adapter(
     given = given_adapter(config)
     if given is not None:
         return match_adapter(given, base, config.model.name)
+    _require_unpacked(config, base)
     if not config.peft.use_peft:
         return None, {}
     adapter = adapter_config(config, base)
     shapes = target_shapes(skeleton(base), adapter)
     check_rank(config, shapes)
     return adapter, shapes
+
+
+def _require_unpacked(config: Config, base: Base) -> None:
+    """Refuse to change weights that are packed; some formats may be unpacked as they are loaded."""
+    packing = getattr(base.config, "quantization_config", None) or {}
+    if config.peft.use_peft:
+        changes = f"init.direction={config.init.direction}"
+        leaves = not METHODS[config.init.method].offset
+    else:
+        changes, leaves = "peft=full_ft", False
+    if packing.get("quant_method") in ALWAYS_PACKED and not leaves:
+        raise InputError(
+            f"model.name={config.model.name} is quantised ({packing['quant_method']}), and "
+            f"{changes} would have to change its weights. Choose init=lora or init=lora_one with "
+            "an adapter, or the unquantised model."
+        )
 
 
 def match_adapter(

@@ -1,5 +1,6 @@
 """A model folder that does not hold together: one clear message, nothing written."""
 
+import json
 import shutil
 from pathlib import Path
 
@@ -147,6 +148,16 @@ def test_a_type_that_does_not_fit_is_answered_with_those_that_do(
         assert valid in refused(folder, f"model.type={wrong}")
         with pytest.raises(InputError, match=valid):
             foresee(small(f"model.name={folder}", f"model.type={wrong}", "dry_run=true"))
+
+
+@pytest.mark.parametrize("choice", [["init=pissa"], ["init=lora", "peft=full_ft"]])
+def test_packed_weights_are_left_alone(folder, refused, small, choice):
+    settings = json.loads((folder / "config.json").read_text())
+    settings["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+    (folder / "config.json").write_text(json.dumps(settings))
+    assert "is quantised (bitsandbytes), and " in refused(folder, *choice)
+    with pytest.raises(InputError, match="is quantised"):
+        foresee(small(f"model.name={folder}", *choice, "dry_run=true"))
 
 
 @pytest.mark.parametrize("text", ['{"model_type"', '{"model_type": "nosuch"}'])
