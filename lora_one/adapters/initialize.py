@@ -412,11 +412,12 @@ def _advise(report: InitReport) -> None:
     if report.loss_after is None or report.loss_before is None:
         return
     if not math.isfinite(report.loss_after) or report.loss_after > 1.02 * report.loss_before:
-        advice = (
-            "raise stable_gamma or lower the learning rate"
-            if report.stable_gamma
-            else ("check the base weights' dtype")
-        )
+        if report.stable_gamma:
+            advice = "raise stable_gamma or lower the learning rate"
+        elif report.scale is not None and not report.offset:
+            advice = f"the scale '{report.scale}' makes too large a step here, choose 'stable'"
+        else:
+            advice = "check the base weights' dtype"
         report.warnings.append(
             f"the init batch's loss rises from {report.loss_before:.4f} to "
             f"{report.loss_after:.4f} by the start alone; {advice}."

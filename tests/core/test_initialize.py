@@ -100,10 +100,15 @@ def test_report_is_json_and_its_numbers_are_right(llama, llama_batches):
 
 
 def test_rising_loss_is_reported_with_advice(llama, llama_batches):
-    peft_model = adapted(llama, targets=["lm_head"])  # no normalisation follows to save it
-    report = lora_one.initialize(peft_model, llama_batches, method="lora_one", stable_gamma=0.1)
+    # No normalisation follows to save it.
+    peft_model = adapted(llama, targets=["lm_head"], alpha=80)
+    report = lora_one.initialize(peft_model, llama_batches, method="lora_one", stable_gamma=1)
     assert report.loss_after > report.loss_before
     assert "raise stable_gamma" in report.warnings[-1]
+    options = {"method": "lora_one", "scale": "unit", "force": True}
+    report = lora_one.initialize(peft_model, llama_batches, **options)
+    assert report.loss_after > report.loss_before  # the step is s / S_0, whatever gamma
+    assert "the scale 'unit' makes too large a step" in report.warnings[-1]
 
 
 def test_gamma_is_searched_by_the_loss_after_the_start(llama, llama_batches):
