@@ -18,6 +18,7 @@ position beyond the context is ever asked for.
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal, get_args
 
 import torch
@@ -30,6 +31,7 @@ from lora_one.evaluation.context import context_of, room_for_reply
 from lora_one.evaluation.finite import RequireNumbers
 from lora_one.evaluation.mode import evaluation_mode, input_device
 from lora_one.evaluation.sampling import Sampling, sampler
+from lora_one.evaluation.stops import stopping_criteria
 from lora_one.tasks.encoding import Architecture, encode_prompts, padding_id
 
 StopReason = Literal["eos", "stop", "length"]
@@ -133,17 +135,19 @@ def generate_replies(
         processors = LogitsProcessorList([RequireNumbers(*named(batch), [*eos, pad])])
         if sampling is not None:
             processors.append(sampler(sampling, [keys[index] for index in batch], limit))
+        # A causal model repeats the prompt, an encoder-decoder the start token.
+        skipped = inputs["input_ids"].shape[1] if architecture == "causal" else 1
         output = model.generate(
             **{name: tensor.to(input_device(model)) for name, tensor in inputs.items()},
             max_new_tokens=limit,
-            tokenizer=tokenizer if stop_strings else None,
             logits_processor=processors,
+            stopping_criteria=stopping_criteria(
+                tokenizer, stop_strings, partial(_decode, tokenizer), skipped
+            ),
             # On a sharded model transformers would keep ranks together by itself, which takes the
             # same number of batches on each; whoever shards it keeps them together.
             synced_gpus=False,
         )
-        # A causal model repeats the prompt, an encoder-decoder the start token.
-        skipped = inputs["input_ids"].shape[1] if architecture == "causal" else 1
         rows = zip(batch, output[:, skipped:].tolist(), strict=True)
         return [_up_to_eos(row, eos)[: limits[index]] for index, row in rows]
 
@@ -154,7 +158,7 @@ def generate_replies(
     # Longest first: a batch size that does not fit fails at once instead of at the end.
     todo.sort(key=lambda index: -len(prompt_ids[index]))
     lengths = [len(prompt_ids[index]) + limits[index] for index in todo]
-    with evaluation_mode(model), _plain_greedy(model, eos, pad, stop_strings):
+    with evaluation_mode(model), _plain_greedy(model, eos, pad):
         for batch, generated in Batches(model, batch_size).run(todo, lengths, decode):
             keep(batch, generated)
     return [replies[index] for index in range(len(prompts))]
@@ -170,9 +174,7 @@ def _check(architecture: str, batch_size: BatchSize, max_new_tokens: int) -> Non
 
 
 @contextmanager
-def _plain_greedy(
-    model: nn.Module, eos: frozenset[int], pad: int, stop_strings: Sequence[str]
-) -> Iterator[None]:
+def _plain_greedy(model: nn.Module, eos: frozenset[int], pad: int) -> Iterator[None]:
     """Let ``generate`` decode greedily, whatever the checkpoint says; put its settings back."""
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     original = base.generation_config
@@ -183,7 +185,6 @@ def _plain_greedy(
         pad_token_id=pad,
         bos_token_id=original.bos_token_id,
         decoder_start_token_id=_decoder_start_token_id(base, original),
-        stop_strings=list(stop_strings) or None,
     )
     try:
         yield

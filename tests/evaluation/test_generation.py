@@ -144,6 +144,21 @@ def test_a_reply_ends_where_a_stop_string_begins(
     assert "stop" in {reply.stop_reason for reply in replies}
 
 
+def test_a_stop_string_that_the_prompt_begins_does_not_end_the_reply(
+    llama, llama_tokenizer, prompts, llama_texts
+):
+    both = [prompt[-1] + text[0] for prompt, text in zip(prompts, llama_texts, strict=True)]
+    stops = [stop for stop in both if not any(stop in text for text in llama_texts)]
+    assert stops
+    replies = _generate(llama, llama_tokenizer, prompts, stop_strings=stops)
+    assert [reply.text for reply in replies] == llama_texts
+
+
+def test_a_stop_string_that_the_tokenizer_cannot_write_stops_nothing(t5, t5_tokenizer, prompts):
+    expected = _generate(t5, t5_tokenizer, prompts, "seq2seq")
+    assert _generate(t5, t5_tokenizer, prompts, "seq2seq", stop_strings=["é"]) == expected
+
+
 def test_a_row_stops_being_decoded_soon_after_its_stop_string(llama, llama_tokenizer, llama_texts):
     steps = []
     llama.register_forward_hook(lambda *_: steps.append(1))
