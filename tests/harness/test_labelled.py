@@ -10,7 +10,10 @@ from peft import PeftModel
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from lora_one.errors import InputError
+from lora_one.evaluation.head import head_outputs
 from lora_one.harness.config.published import translate
+from lora_one.harness.models.base import load_base
+from lora_one.harness.plan import make_plan
 from lora_one.tasks import create_task
 
 DATA = Path(__file__).resolve().parents[3] / "shared" / "data"
@@ -213,6 +216,24 @@ def test_a_fully_trained_classifier_is_saved_whole(settings, run, roberta_folder
     record = run(config)
     saved = AutoModelForSequenceClassification.from_pretrained(_folder(config, record) / "model")
     assert saved.config.id2label == {0: "entailment", 1: "not_entailment"}
+
+
+@pytest.mark.parametrize("pad", [None, 5])
+def test_the_head_of_a_decoder_reads_the_last_token_of_every_row(
+    settings, llama_folder, copy_of, pairs, pad
+):
+    """Llama-2 has no padding token; another model may have another than its tokenizer."""
+    folder = copy_of(llama_folder)
+    facts = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(facts | {"pad_token_id": pad}))
+    options = ("model.type=SequenceClassification", "dataset=rte")
+    config = settings(folder, pairs / "rte", *options)
+    plan = make_plan(config)
+    model = load_base(plan.base, config.model, torch.device("cpu"), torch.float32)
+    texts = [("it is red", "it is black"), ("it", "is"), ("it is red and blue", "it is green")]
+    alone = [head_outputs(model, plan.tokenizer, [pair], batch_size=1)[0] for pair in texts]
+    together = head_outputs(model, plan.tokenizer, texts, batch_size=3)
+    assert torch.allclose(torch.tensor(together), torch.tensor(alone), atol=1e-5)
 
 
 def test_a_head_needs_labels(settings, run, roberta_folder, rows_folder):

@@ -28,7 +28,11 @@ from transformers import (
 from lora_one.adapters.allocation import alpha_pattern
 from lora_one.errors import InputError, NotPreparedError, nearest
 from lora_one.harness.config.schema import Config, ModelConfig
-from lora_one.harness.models.consistency import require_embeddings, require_whole
+from lora_one.harness.models.consistency import (
+    agree_on_padding,
+    require_embeddings,
+    require_whole,
+)
 from lora_one.harness.models.files import (
     fetch_model,
     model_is_here,
@@ -190,7 +194,7 @@ def _first_line(error: Exception) -> str:
 
 
 def load_tokenizer(base: Base, model: ModelConfig) -> PreTrainedTokenizerBase:
-    """Load the tokenizer that came with the base model.
+    """Load the tokenizer that came with the base model; a classifier pads with the same id.
 
     Raises:
         InputError: There is none, or it makes tokens that the model has no embedding for.
@@ -206,6 +210,8 @@ def load_tokenizer(base: Base, model: ModelConfig) -> PreTrainedTokenizerBase:
             f"model.name={model.name}: its tokenizer cannot be loaded: {error}"
         ) from error
     require_embeddings(tokenizer, base.config, model.name)
+    if base.architecture == "classification":
+        agree_on_padding(tokenizer, base.config)
     return tokenizer
 
 

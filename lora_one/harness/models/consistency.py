@@ -39,6 +39,19 @@ def require_embeddings(
         )
 
 
+def agree_on_padding(tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig) -> None:
+    """Let a classifier know the id that its rows are padded with.
+
+    The head of a decoder reads the last token of a row that is another. The model's own id goes
+    before the tokenizer's; where it has none, as Llama-2, GPT-2 and Qwen2.5, it is told that one.
+    """
+    text = config.get_text_config()
+    if getattr(text, "pad_token_id", None) is None:
+        text.pad_token_id = padding_id(tokenizer)
+    else:
+        tokenizer.pad_token_id = text.pad_token_id
+
+
 def require_whole(
     loaded: PreTrainedModel, found: Mapping[str, Any], new_head: bool, name: str
 ) -> None:
