@@ -77,7 +77,8 @@ class HendrycksMath(Task):
     The prompt is that of MetaMathQA here, so that an adapter trained on it is asked as it learnt.
     ``math_verify`` compares the stated answers as mathematics, ``strict`` compares their spellings
     (``lora_one.tasks.math_answers`` says what states an answer, and what spells the same).
-    math-verify ignores units in ``\text{}``: to it 10 am is 10 pm, as to its other users.
+    math-verify ignores units in ``\text{}`` and the base of a numeral: to it 10 am is 10 pm, and
+    ``11_2`` is ``11_3``, as to its other users.
 
     A folder holds ``test.jsonl`` or ``test.json``, or a folder ``test`` with one file per subject
     or, as in the original archive, one folder per subject and one ``.json`` object per problem;

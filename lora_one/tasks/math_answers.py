@@ -28,7 +28,8 @@ _STATEMENT = re.compile(r"the (?:final )?answer is:?", re.IGNORECASE)
 _BARE = re.compile(r"\\[A-Za-z]+(?:\{[^{}]*\})*|[^\s${}]")
 
 _THIN = re.compile(r"\\[,!]")
-_WIDE = re.compile(r"(?:\\[;:> ]|\\q?quad(?![A-Za-z])|~|\s)+")
+# The second backslash of a row's end is no blank's: \\ 2 in a matrix.
+_WIDE = re.compile(r"(?:(?<!\\)\\[;:> ]|\\q?quad(?![A-Za-z])|~|\s)+")
 _BLANK = re.compile(r"(?<![0-9]) | (?![0-9])")  # between digits it says something: 3 1/2, not 31/2
 _TEXT = re.compile(r"\\(?:text|mbox|mathrm|textbf|textrm)\{([^{}]*)\}")
 _CONSTANT = re.compile(r"\\(?:text|mbox|mathrm|textbf|textrm)\{\s*([ie])\s*\}")

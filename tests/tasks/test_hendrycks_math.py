@@ -67,6 +67,7 @@ SAME_NOTATION = [
     ("2+3i", r"2 + 3\mathrm{i}"),
     ("e^2", r"\mathrm{e}^2"),
     ("3 1", r"3~\ 1", r"3\quad 1"),
+    (r"\begin{pmatrix}a\\2\\3\end{pmatrix}", r"\begin{pmatrix} a \\ 2 \\ 3 \end{pmatrix}"),
 ]
 # Forgiven by the strict comparison, and not settled by notation.
 SAME_SPELLING = [
