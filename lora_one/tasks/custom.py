@@ -32,10 +32,11 @@ from lora_one.tasks.rows import (
 class Custom(Task):
     r"""Rows of a local file or a hub data set, put into the user's own templates.
 
-    ``dataset=custom dataset.path=my.jsonl "dataset.prompt='Q: {question}\nA: '"
-    "dataset.target='{answer}'"``: ``{column}`` stands for a column, ``{{`` for a brace, and the two
-    letters ``\n`` for a line end, which neither a shell nor Hydra would write. Fields are names of
-    columns and nothing else: no attributes, indices, conversions or formats.
+    ``dataset=custom dataset.path=my.jsonl dataset.test_path=test.jsonl
+    "dataset.prompt='Q: {question}\nA: '" "dataset.target='{answer}'"``: ``{column}`` stands for a
+    column, ``{{`` for a brace, and the two letters ``\n`` for a line end, which neither a shell nor
+    Hydra would write. Fields are names of columns and nothing else: no attributes, indices,
+    conversions or formats.
 
     Validation is ``validation_path``, or the file of that name in the folder, or a slice of the
     training rows chosen by a seeded hash of the prompt. Rows with an empty target are left out and
