@@ -7,7 +7,7 @@ import pytest
 import torch
 from encoders import save_bert, save_roberta
 from peft import PeftModel
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
 from lora_one.errors import InputError
 from lora_one.evaluation.head import head_outputs
@@ -289,6 +289,18 @@ def test_a_trained_head_is_evaluated_again_from_its_adapter(settings, run, rober
     )
     with pytest.raises(InputError, match=r"SEQ_CLS.*Add model.type=SequenceClassification"):
         run(as_text)
+
+
+def test_a_head_with_the_labels_in_another_order_is_refused(
+    settings, run, roberta_folder, copy_of, pairs
+):
+    folder = copy_of(roberta_folder)
+    config = AutoConfig.from_pretrained(folder)
+    config.id2label = {0: "NOT_ENTAILMENT", 1: "ENTAILMENT"}
+    config.save_pretrained(folder)
+    options = ("model=roberta_base", f"model.name={folder}", "dataset=rte", "train=none")
+    with pytest.raises(InputError, match="head's classes are NOT_ENTAILMENT, ENTAILMENT; dataset"):
+        run(settings(folder, pairs / "rte", *options))
 
 
 def test_a_head_of_another_size_is_refused(settings, run, roberta_folder, pairs, tmp_path):

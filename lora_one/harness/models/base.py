@@ -31,6 +31,7 @@ from lora_one.harness.config.schema import Config, ModelConfig
 from lora_one.harness.models.consistency import (
     agree_on_padding,
     require_embeddings,
+    require_label_order,
     require_whole,
 )
 from lora_one.harness.models.files import (
@@ -129,7 +130,7 @@ def find_base(
     architecture = MODEL_TYPES.get(model.type, natural)
     _require_type(config, model, architecture)
     if architecture == "classification":
-        _size_head(config, task)
+        _size_head(config, task, model.name)
     base = Base(location, config, architecture, available)
     # A quantised checkpoint is packed for a device, so it is looked at when it is loaded.
     if available and not planning and not hasattr(config, "quantization_config"):
@@ -154,15 +155,16 @@ def _require_type(config: PretrainedConfig, model: ModelConfig, architecture: st
     )
 
 
-def _size_head(config: PretrainedConfig, task: type[Task] | None) -> None:
+def _size_head(config: PretrainedConfig, task: type[Task] | None, name: str) -> None:
     """Give the head one output per label, or a single one for a score."""
     if task is None or not (task.labels or task.score_range):
-        name = "this benchmark" if task is None else f"dataset={task.name}"
+        benchmark = "this benchmark" if task is None else f"dataset={task.name}"
         raise InputError(
-            f"model.type=SequenceClassification: {name} is no classification. Choose a dataset "
-            "with labels, such as sst2 or mrpc, or a model that writes text."
+            f"model.type=SequenceClassification: {benchmark} is no classification. Choose a "
+            "dataset with labels, such as sst2 or mrpc, or a model that writes text."
         )
     if task.labels:
+        require_label_order(config, task, name)
         config.id2label = dict(enumerate(task.labels))
         config.label2id = {label: index for index, label in enumerate(task.labels)}
     else:

@@ -6,6 +6,7 @@ from typing import Any
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from lora_one.errors import InputError, some
+from lora_one.tasks.base import Task
 from lora_one.tasks.encoding import padding_id
 
 
@@ -50,6 +51,28 @@ def agree_on_padding(tokenizer: PreTrainedTokenizerBase, config: PretrainedConfi
         text.pad_token_id = padding_id(tokenizer)
     else:
         tokenizer.pad_token_id = text.pad_token_id
+
+
+def require_label_order(config: PretrainedConfig, task: type[Task], name: str) -> None:
+    """Refuse a head that has the benchmark's labels in another order, as RoBERTa's for MNLI has.
+
+    Args:
+        config: Of the model, as its folder has it.
+        task: The benchmark.
+        name: ``model.name``, for the message.
+
+    Raises:
+        InputError: The head's answers would be taken for other labels.
+    """
+    given = [str(label) for _, label in sorted(config.id2label.items())]
+    names = [label.lower() for label in given]
+    expected = [label.lower() for label in task.labels]
+    if names != expected and sorted(names) == sorted(expected):
+        raise InputError(
+            f"model.name={name}: its head's classes are {', '.join(given)}; dataset={task.name} "
+            f"counts them as {', '.join(task.labels)}, so that answers would be taken for others. "
+            "Save the model with the rows of its head in this order, or give one without a head."
+        )
 
 
 def require_whole(
