@@ -40,9 +40,10 @@ def code_of(reply: str, stops: Sequence[str], *, inside_block: bool) -> str | No
         stops: A reply without a code block ends where one of these begins.
         inside_block: The prompt has opened a code block, so that the reply begins within it.
     """
+    opens_block = reply.lstrip().startswith(FENCE)
     # A reply that begins with an indented line goes on with the code before it: a fence ends it.
-    goes_on = reply.lstrip("\r\n")[:1] in (" ", "\t")
-    if inside_block and not reply.lstrip().startswith(FENCE):
+    goes_on = reply.lstrip("\r\n")[:1] in (" ", "\t") and not opens_block
+    if inside_block and not opens_block:
         code = reply.partition(FENCE)[0]
     else:
         block = None if goes_on else first_code_block(reply)

@@ -163,6 +163,8 @@ def test_code_in_fences():
     assert up_to_first_block("Use:\n```js\nx") == "Use:\n```js\nx```"
     assert up_to_first_block("x") is None
     assert code_of("x = 1\nclass", ("\nclass",), inside_block=False) == "x = 1"
+    for inside_block in (True, False):
+        assert code_of(" ```python\nx = 1\n```", (), inside_block=inside_block) == "x = 1\n"
     assert defines("async def f(): pass", "f")
     assert not defines("    def f(): pass\ndef f2(): pass", "f")
 
