@@ -32,7 +32,7 @@ def token_loss_sum(logits: Tensor, labels: Tensor, architecture: TrainedArchitec
         logits: (rows, length, vocabulary); for ``classification`` (rows, classes).
         labels: (rows, length), -100 where not supervised. For ``causal`` they are aligned with the
             input ids and shifted here: position i predicts label i + 1. For ``classification``
-            (rows,).
+            (rows,), -100 for a row that carries no loss.
         architecture: ``causal``, ``seq2seq`` or ``classification``.
 
     Returns:
@@ -41,9 +41,10 @@ def token_loss_sum(logits: Tensor, labels: Tensor, architecture: TrainedArchitec
     if architecture == "causal":
         logits, labels = logits[:, :-1], labels[:, 1:]
     labels = labels.to(logits.device)
-    if architecture == "classification" and logits.shape[-1] == 1:
-        return mse_loss(logits.squeeze(-1).float(), labels.float(), reduction="sum")
     supervised = labels != IGNORED
+    if architecture == "classification" and logits.shape[-1] == 1:
+        scores = logits.squeeze(-1)[supervised]
+        return mse_loss(scores.float(), labels[supervised].float(), reduction="sum")
     # Selecting first keeps the fp32 copy to the response tokens: logits are the largest tensor of
     # a training step of a small-batch language model.
     return cross_entropy(logits[supervised].float(), labels[supervised], reduction="sum")

@@ -125,3 +125,7 @@ def test_a_heads_loss_is_transformers_own_times_the_rows(classes):
     assert float(loss.detach()) == pytest.approx(3 * float(output.loss.detach()), rel=1e-6)
     mean = mean_token_loss(model, [{**batch, "labels": labels}], "classification")
     assert mean == (pytest.approx(float(output.loss.detach()), rel=1e-6), 3)
+    # A rank's blank row: it adds nothing to the loss of the others.
+    with_blank = torch.cat([labels, labels.new_tensor([-100])])
+    logits = torch.cat([output.logits, torch.ones(1, classes)])
+    assert torch.equal(token_loss_sum(logits, with_blank, "classification"), loss)

@@ -7,12 +7,16 @@ import sys
 from pathlib import Path
 
 import pytest
+from accelerate.data_loader import BatchSamplerShard, SeedableRandomSampler
 from safetensors.torch import load_file
+from torch.utils.data import BatchSampler
 
 from lora_one.errors import InputError
 from lora_one.harness.distributed.devices import check_devices
 from lora_one.harness.distributed.ranks import identify
 from lora_one.harness.distributed.slurm_step import expand_counts, expand_hosts
+from lora_one.harness.training.order import FilledRows, Order
+from lora_one.tasks.encoding import EncodedRows
 
 from .launching import LAUNCHERS, ROOT, srun, step
 
@@ -159,6 +163,28 @@ def test_ranks_do_not_share_a_gpu():
         check_devices([alone | {"gpu": "u0"}, alone | {"gpus": 0, "gpu": None}])
 
 
+@pytest.mark.parametrize("rows", [1, 3, 8, 9, 11, 24])
+def test_every_row_is_trained_once_an_epoch_whatever_the_ranks(rows):
+    """In the passes of one process, and in the order that accelerate gives it."""
+    size, ranks, blank = 2, 4, rows
+    order, usual = Order(rows, size * ranks, 5), SeedableRandomSampler(range(rows), data_seed=5)
+    for epoch in (0, 1):
+        order.set_epoch(epoch)
+        usual.set_epoch(epoch)
+        batches = BatchSampler(order, size, drop_last=False)
+        shards = [list(BatchSamplerShard(batches, ranks, each)) for each in range(ranks)]
+        seen = [row for one in zip(*shards, strict=True) for part in one for row in part]
+        assert [row for row in seen if row != blank] == list(usual)
+        assert len(seen) == -(-rows // 8) * 8
+
+
+def test_a_blank_row_teaches_nothing():
+    rows = EncodedRows([{"input_ids": [4, 5, 6], "labels": [-100, 5, 6]}], ["a"], [], 8)
+    filled = FilledRows(rows)
+    assert (len(filled), filled[0]) == (1, rows[0])
+    assert filled[1] == {"input_ids": [4], "labels": [-100]}
+
+
 @pytest.fixture
 def overrides(llama_folder, rows_folder, tmp_path):
     return [
@@ -166,7 +192,7 @@ def overrides(llama_folder, rows_folder, tmp_path):
         f"dataset.path={rows_folder}",
         f"output_dir={tmp_path / 'results'}",
         "dataset.max_new_tokens=4",
-        "dataset.train_rows=32",
+        "dataset.train_rows=29",  # in the last pass one rank has a row and the other none
         "dataset.test_rows=2",
         "model.real_batch_size=8",
         "model.per_device_batch_size=2",

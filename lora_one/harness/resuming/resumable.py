@@ -33,6 +33,7 @@ from lora_one.harness.resuming.training_state import (
     save_optimizer,
     unpack_loss,
 )
+from lora_one.harness.training.order import Order
 
 PROGRESS = "progress.json"
 
@@ -107,6 +108,12 @@ class ResumableTrainer(Trainer):
         self.owes_validation = False
         self.add_callback(_Continuation(self))
         self.add_callback(keeper)
+
+    def _get_train_sampler(self, *_: Any, **__: Any) -> Order:
+        ranks = world_size()
+        # One process has nobody to wait for: its last micro-batch of an epoch is a smaller one.
+        per_pass = self.args.per_device_train_batch_size * ranks if ranks > 1 else 1
+        return Order(len(self.train_dataset), per_pass, self.args.data_seed)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log without the Trainer's own speed, which a resumed run could not repeat."""

@@ -30,6 +30,7 @@ from lora_one.harness.resuming.resumable import (
 )
 from lora_one.harness.training.diagnosis import locate
 from lora_one.harness.training.optimizers import create_optimizer
+from lora_one.harness.training.order import FilledRows
 from lora_one.tasks.encoding import Collator, EncodedRows
 
 Log = Callable[..., None]
@@ -127,7 +128,7 @@ def train(
         checkpoint=checkpoint,
         model=model,
         args=_arguments(config, schedule, folder),
-        train_dataset=rows,
+        train_dataset=FilledRows(rows),
         data_collator=collator,
         optimizers=(create_optimizer(config, model), None),
         compute_loss_func=_token_mean(model, collator.architecture, config, schedule),
