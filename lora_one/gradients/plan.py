@@ -16,7 +16,7 @@ Products ``G X`` accumulated over passes (a randomised SVD that never forms G) w
 need a forward and backward pass per Krylov block, 4 to 6 of them, to save one layer's G.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -55,6 +55,7 @@ def plan(
     budget: int | None = None,
     train: bool = True,
     several: bool | None = None,
+    everywhere: Callable[[bool], bool] = bool,
 ) -> Plan:
     """Choose among the ways above.
 
@@ -66,6 +67,8 @@ def plan(
         budget: bytes of gradients that may wait for later micro-batches; None for ``BUDGET``.
         train: whether the model will be in train mode.
         several: whether any rank has more than one micro-batch; None looks at this one's.
+        everywhere: tells whether something holds on all ranks, whose batches may differ: they
+            hand layers over in step, so all take the same way.
 
     Raises:
         InputError: for an unknown strategy, or ``join`` where it is impossible.
@@ -84,13 +87,14 @@ def plan(
         return Plan("hold", counted, [layers])
     if strategy in ("auto", "join") and train and can_checkpoint(model):
         joined = joined_batch([batch for batch, _ in counted], _base(model))
-        if joined is not None:
+        if everywhere(joined is not None):
             tokens = supervised_tokens(model, joined)
             return Plan("join", [(joined, tokens)], [layers], checkpointing=True)
     if strategy == "join":
         raise InputError(
             "these batches cannot be joined: that needs train=True, a transformers model, and "
-            "batches of equal lengths or with input_ids, attention_mask and labels only."
+            "batches (of every rank) of equal lengths or with input_ids, attention_mask and labels "
+            "only."
         )
     return Plan("groups", counted, list(_groups(layers, budget)))
 

@@ -86,6 +86,7 @@ def stream_gradients(
         budget=memory_budget,
         train=train,
         several=several,
+        everywhere=lambda holds: not _largest_over_ranks(not holds, model),
     )
     total = int(_sum_over_ranks(sum(tokens for _, tokens in todo.batches), model))
     place = None if device is None else torch.device(device)

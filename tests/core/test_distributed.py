@@ -52,6 +52,13 @@ def rank_results(rank):
     results["groups"] = lora_one.estimate_gradients(
         tiny_llama(), uneven, strategy="groups", memory_budget=1
     )
+    # Without a mask, and of two lengths on rank 0 alone.
+    ragged = ragged_batches()
+    ragged = ragged[:2] if rank == 0 else ragged[2:]
+    results["ragged"] = lora_one.estimate_gradients(
+        tiny_llama(), ragged, strategy="auto", memory_budget=1
+    )
+    results["ragged, joined"] = refused(ragged, strategy="join", memory_budget=1)
 
     peft_model = adapted(tiny_llama())
     report = lora_one.initialize(peft_model, uneven, method="lora_ga")
@@ -75,6 +82,12 @@ def rank_results(rank):
     results["sharded, uneven"] = refused(uneven, sharded_llama())
     results["sharded, tied"] = refused_tied(even)
     return results
+
+
+def ragged_batches():
+    batches = [{k: b[k] for k in ("input_ids", "labels")} for b in batches_for(rows=ROWS)]
+    batches[1] = {key: values[:, :-2] for key, values in batches[1].items()}
+    return batches
 
 
 def started_with_cores(count, batches):
@@ -128,9 +141,9 @@ def decomposed_summands(rank):
     return tuple(truncated_svd(summand, 8, summands=Ranks()))
 
 
-def refused(batches, model=None):
+def refused(batches, model=None, **options):
     try:
-        lora_one.estimate_gradients(model or tiny_llama(), batches)
+        lora_one.estimate_gradients(model or tiny_llama(), batches, **options)
     except lora_one.InputError as error:
         return str(error)
     return None
@@ -205,6 +218,13 @@ def test_two_ranks_give_the_gradient_of_one_process(case, count, ranks):
         assert_close(results[case], expected)
     for name in expected:
         assert torch.equal(ranks[0][case][name], ranks[1][case][name])
+
+
+def test_batches_that_one_rank_cannot_join_are_joined_on_none(ranks):
+    expected = lora_one.estimate_gradients(tiny_llama(), ragged_batches())
+    for results in ranks:
+        assert_close(results["ragged"], expected)
+        assert "cannot be joined" in results["ragged, joined"]
 
 
 @pytest.mark.parametrize("case", ["factors", "cores"])
