@@ -200,6 +200,14 @@ def test_a_launcher_that_shards_by_itself_is_refused(variable, choice, small, ru
         run(small(f"parallelism={choice}"))
 
 
+@pytest.mark.parametrize("variable", parallelism.ARITHMETIC)
+def test_a_launcher_that_asks_for_other_arithmetic_is_refused(variable, small, run, monkeypatch):
+    """The Trainer would train in it, and every other stage compute as before."""
+    monkeypatch.setenv(variable, "bf16" if "PRECISION" in variable else "INDUCTOR")
+    with pytest.raises(InputError, match=f"the launcher asks accelerate for .*{variable}"):
+        run(small())
+
+
 @pytest.fixture
 def two_ranks(monkeypatch):
     """Be rank 0 of two, as far as the plan of a run looks."""

@@ -23,6 +23,11 @@ PLUGINS = {
     "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
     "ACCELERATE_USE_PARALLELISM_CONFIG": "a parallelism_config",
 }
+# And where it asks for other arithmetic, which only the Trainer would use.
+ARITHMETIC = {
+    "ACCELERATE_MIXED_PRECISION": ("mixed_precision", "model.bf16 decides here"),
+    "ACCELERATE_DYNAMO_BACKEND": ("dynamo_backend", "no model is compiled here"),
+}
 
 
 def check_parallelism(config: Config) -> None:
@@ -64,7 +69,7 @@ def require_launcher(config: Config) -> None:
 
     Raises:
         InputError: one rank has nobody to share with, the launcher has asked accelerate for a
-            plugin of its own, or DeepSpeed is not installed.
+            plugin or an arithmetic of its own, or DeepSpeed is not installed.
     """
     chosen = config.parallelism
     for variable, plugin in PLUGINS.items():
@@ -74,6 +79,14 @@ def require_launcher(config: Config) -> None:
                 f"parallelism={chosen} decides here. Take it out of accelerate's configuration "
                 "(accelerate_config.yaml shows one), and give parallelism=ddp, fsdp2, zero2 or "
                 "zero3."
+            )
+    for variable, (setting, why) in ARITHMETIC.items():
+        value = os.environ.get(variable, "no").lower()
+        if value != "no":
+            raise InputError(
+                f"the launcher asks accelerate for {setting}={value} ({variable} is set), and "
+                f"{why}. Start with accelerate launch --{setting} no, or with "
+                "accelerate_config.yaml."
             )
     if chosen == "ddp":
         return
