@@ -9,14 +9,17 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from lora_one.errors import InputError
+from lora_one.harness.data.rows import init_batches
 from lora_one.harness.distributed import parallelism
 from lora_one.harness.records.folder import run_id
+from lora_one.tasks.encoding import Collator, EncodedRows
 
 ROOT = Path(__file__).parents[2]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2"]
@@ -206,6 +209,19 @@ def test_a_launcher_that_asks_for_other_arithmetic_is_refused(variable, small, r
     monkeypatch.setenv(variable, "bf16" if "PRECISION" in variable else "INDUCTOR")
     with pytest.raises(InputError, match=f"the launcher asks accelerate for .*{variable}"):
         run(small())
+
+
+@pytest.mark.parametrize(
+    ("choice", "ranks", "rows", "taken"),
+    [("ddp", 1, 5, 5), ("ddp", 4, 9, 8), ("ddp", 16, 20, 16), ("ddp", 4, 3, 0), ("fsdp2", 2, 5, 4)],
+)
+def test_every_rank_has_init_rows_or_none_has(choice, ranks, rows, taken, small, monkeypatch):
+    """A rank without would not take part in what the others add up."""
+    monkeypatch.setenv("WORLD_SIZE", str(ranks))
+    row = {"input_ids": [4, 5], "labels": [-100, 5]}
+    data = SimpleNamespace(train=EncodedRows([row] * rows, ["a"] * rows, [], 8))
+    config = small("init=pissa", f"parallelism={choice}")
+    assert len(init_batches(config, data, Collator(0, "causal"))) == taken
 
 
 @pytest.fixture

@@ -208,7 +208,8 @@ def init_batches(config: Config, data: Data, collator: Collator) -> list[Batch]:
     """Take the rows of the one-step gradient: the first ``bsz x iters`` that are short enough.
 
     A method without a gradient has its init loss reported on the first eight rows, or on one per
-    rank where there are more ranks; where no training rows were read it goes without.
+    rank where there are more ranks; where there are too few training rows for that, or none were
+    read, it goes without.
 
     Raises:
         InputError: if there are not so many, or fewer micro-batches than ranks.
@@ -218,8 +219,9 @@ def init_batches(config: Config, data: Data, collator: Collator) -> list[Batch]:
         return []
     in_step = config.parallelism in FORWARD_TAKES_ALL_RANKS
     if init.bsz is None:
-        count = max(8, world_size())
-        count -= count % world_size() if in_step else 0
+        count = min(len(data.train), max(8, world_size()))
+        if in_step or count < world_size():
+            count -= count % world_size()
         return batches_of(data.train.rows[:count], 1, collator)
     if in_step and init.iters % world_size():
         raise InputError(
