@@ -12,6 +12,8 @@ import pytest
 
 from lora_one.errors import PreemptedError
 from lora_one.harness.config.schema import PreemptionConfig
+from lora_one.harness.distributed.peers.ending import Ending, close_all
+from lora_one.harness.records.record import RunRecord
 from lora_one.harness.resuming import preemption, time_limit
 from lora_one.harness.resuming.preemption import Reason
 
@@ -121,6 +123,18 @@ def test_a_signal_outside_training_ends_the_run_at_once(forks, llama_folder, row
     # Trained already: the checkpoint of the last step has it all.
     assert child.said.count("resuming from step 10\n") == 1
     assert record_of(tmp_path)["attempts"][-1]["from_step"] == 10
+
+
+@pytest.mark.parametrize("kind", ["PreemptedError", "KeyboardInterrupt"])
+def test_a_stop_of_another_rank_is_recorded_as_one_of_this_rank(kind, small):
+    """A sweep reads there that its point was asked to stop, and stops as well."""
+    record = RunRecord(small()).open()
+    with record.closing():
+        close_all(Ending(1, "other", 75, "preempted", kind, "SIGTERM; go on", ""), show=False)
+    found = json.loads((record.folder / "run.json").read_text())
+    asked = kind == "PreemptedError"
+    assert (found["status"], "error" in found) == ("preempted", not asked)
+    assert found.get("preempted", {}).get("reason") == ("SIGTERM; go on" if asked else None)
 
 
 def test_ctrl_c_is_an_interruption(forks, llama_folder, rows_folder, tmp_path):

@@ -302,12 +302,17 @@ class RunRecord:
             writes, self.writes = self.writes, False
         if not writes:
             return
-        facts["error"] = {
-            "type": ending.type,
-            "message": str(ending),
-            "phase": self._phases[-1] if self._phases else None,
-            "traceback": ending.traceback,
-        }
+        phase = self._phases[-1] if self._phases else None
+        if ending.type == PreemptedError.__name__:
+            # Nobody is left to requeue the job.
+            facts["preempted"] = {"reason": ending.message, "requeues": False, "phase": phase}
+        else:
+            facts["error"] = {
+                "type": ending.type,
+                "message": str(ending),
+                "phase": phase,
+                "traceback": ending.traceback,
+            }
         asked = ending.status in (TRY_AGAIN, INTERRUPTED)
         facts |= {"status": "preempted" if asked else "failed", "ended": now()}
         write_atomically(self.folder / "run.json", json.dumps(facts, indent=1) + "\n")
