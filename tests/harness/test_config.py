@@ -1,5 +1,7 @@
 """The schema: every file composes, every mistake is named, nothing is read that does not count."""
 
+import json
+from functools import partial
 from itertools import product
 from pathlib import Path
 
@@ -9,7 +11,9 @@ from omegaconf import OmegaConf
 from lora_one.errors import InputError
 from lora_one.harness.config.schema import DIRECTIONS, GROUPS, Config, DatasetConfig
 from lora_one.harness.config.task_options import parameters
+from lora_one.harness.records import folder
 from lora_one.harness.records.folder import run_id
+from lora_one.harness.records.source import origin
 from lora_one.tasks.registry import TASKS
 
 CONF = Path(__file__).parents[2] / "conf"
@@ -130,6 +134,22 @@ def test_a_folder_is_the_same_by_every_path(compose, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     names = ["base", "./base", str(tmp_path / "base")]
     assert len({run_id(compose(f"model.name={name}")) for name in names}) == 1
+
+
+def test_the_embedded_model_is_the_same_from_every_working_directory(
+    compose, tmp_path, monkeypatch
+):
+    config = compose()
+    monkeypatch.chdir(CONF.parent)
+    name = run_id(config)
+    monkeypatch.chdir(tmp_path)
+    assert run_id(config) == name
+    # A job has a copy of it, and may start anywhere.
+    (tmp_path / "snapshot" / config.model.name).mkdir(parents=True)
+    (tmp_path / "snapshot" / "source.json").write_text(json.dumps({"from": str(CONF.parent)}))
+    monkeypatch.setattr(folder, "ROOT", tmp_path / "snapshot")
+    monkeypatch.setattr(folder, "origin", partial(origin, tmp_path / "snapshot"))
+    assert run_id(config) == name
 
 
 def test_a_test_folder_is_the_same_by_every_path(compose, tmp_path, monkeypatch):

@@ -14,6 +14,7 @@ from typing import Any
 from lora_one.harness.config.given_adapter import read_adapter
 from lora_one.harness.config.schema import Config
 from lora_one.harness.config.task_options import parameters, path_options
+from lora_one.harness.records.source import ROOT, origin
 
 # What changes where a run is kept or shown, or how fast it is, not what it computes.
 NOT_PART_OF_THE_RUN = {
@@ -87,6 +88,10 @@ def settings_digest(config: Config) -> str:
         given = settings[section].get(key)
         if isinstance(given, str) and Path(given).exists():
             settings[section][key] = str(Path(given).resolve())
+    name = config.model.name
+    if not Path(name).exists() and (ROOT / name).is_dir():
+        # The embedded model from another working directory, or a job's copy of it.
+        settings["model"]["name"] = str((origin() / name).resolve())
     neutral = {
         key for key, value in NEUTRAL.items() if reduce(getattr, key.split("."), config) == value
     }

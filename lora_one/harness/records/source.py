@@ -43,6 +43,14 @@ def commit(root: Path = ROOT) -> dict[str, Any] | None:
         return None
 
 
+def origin(root: Path = ROOT) -> Path:
+    """Return the folder that the snapshot ``root`` was taken of; of no snapshot, ``root``."""
+    try:
+        return Path(json.loads((root / ORIGIN).read_text(encoding="utf-8"))["from"])
+    except FileNotFoundError:
+        return root
+
+
 def snapshot_name(program: Path) -> str:
     """Return the name that a snapshot of the code around ``program`` has: a hash of all of it."""
     return _digest(_sources(program), commit(program.parent))
