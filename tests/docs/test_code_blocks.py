@@ -13,6 +13,7 @@ import sys
 import tomllib
 from functools import cache
 from itertools import pairwise
+from pathlib import Path
 from textwrap import dedent
 
 import peft
@@ -170,7 +171,9 @@ def composes(arguments):
 
 @cache
 def compose_once(point):
-    compose_config(translate(point)[0])
+    dataset = compose_config(translate(point)[0]).dataset
+    if dataset.name == "custom" and Path(dataset.path or "").suffix:
+        assert dataset.options["test_path"], f"{point}: a file of training rows has no test rows"
 
 
 def parses(name, arguments, *, is_module):
