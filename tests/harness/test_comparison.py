@@ -159,6 +159,7 @@ def test_an_arm_is_tuned_over_what_it_has():
 def test_points_of_a_sweep_are_the_arms():
     arms = arms_of(FAIR, "init=lora_one", "peft.lora_r=4,8,16", multirun=True)
     assert [arm.config.peft.lora_r for arm in arms] == [4, 8, 16]
+    assert [arm.title for arm in arms] == [f"lora_one · adamw, peft.lora_r={r}" for r in (4, 8, 16)]
 
 
 def test_a_trial_differs_from_a_final_run_in_seed_and_metric_only():

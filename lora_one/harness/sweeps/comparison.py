@@ -11,7 +11,7 @@ report reads it without knowing of this module.
 """
 
 from collections.abc import Callable, Generator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import reduce
 from pathlib import Path
 from typing import Any
@@ -42,11 +42,13 @@ class Arm:
         overrides: What composes to it.
         config: At the settings from which the search starts.
         names: Of the settings that it is tuned over, as keys of ``comparison.grid``.
+        own: The overrides that tell it from arms of the same method and optimiser.
     """
 
     overrides: tuple[str, ...]
     config: Config
     names: tuple[str, ...]
+    own: tuple[str, ...] = ()
 
     @property
     def title(self) -> str:
@@ -54,7 +56,8 @@ class Arm:
         scaling = "" if self.config.peft.use_rslora else ", alpha / r"
         allocation = self.config.init.rank_allocation
         ranks = "" if allocation == "uniform" else f", ranks by {allocation}"
-        return f"{self.config.method} · {self.config.optimizer.name}{scaling}{ranks}"
+        name = f"{self.config.method} · {self.config.optimizer.name}{scaling}{ranks}"
+        return ", ".join([name, *self.own])
 
     @property
     def axes(self) -> list[list[float]]:
@@ -113,7 +116,16 @@ def make_arms(points: Sequence[Point], multirun: bool) -> list[Arm]:
             config = compose_config(overrides)
             names = tuple(name for name in TUNED if _is_tuned(config, name))
             arms.setdefault(run_id(config), Arm(overrides, config, names))
-    return list(arms.values())
+    return _tell_apart(list(arms.values()))
+
+
+def _tell_apart(arms: Sequence[Arm]) -> list[Arm]:
+    """Add to arms of the same title the overrides in which they differ."""
+    shared: dict[str, set[str]] = {}
+    for arm in arms:
+        shared.setdefault(arm.title, set(arm.overrides)).intersection_update(arm.overrides)
+    own = [tuple(one for one in arm.overrides if one not in shared[arm.title]) for arm in arms]
+    return [replace(arm, own=these) for arm, these in zip(arms, own, strict=True)]
 
 
 def compare(arms: Sequence[Arm], execute: Execute) -> int:
