@@ -77,7 +77,8 @@ BAD = {
     "++dataset.max_new_token=3": "nothing reads this key. Did you mean 'max_new_tokens'?",
     "a=[1": "no viable alternative",
     "model.learning_rate=${nowhere}": "'nowhere' not found",
-    "seed=0,1": "Add -m to run every value",
+    "seed=0,1": "argument 'seed=0,1'. Add -m to run every value",
+    "model.name=~/base": "the shell left ~ as it stands. Write the path out",
     "model.name=a b(1)": "Quote values",
 }
 

@@ -25,6 +25,8 @@ from lora_one.harness.config.published import translate
 from lora_one.harness.config.schema import GROUPS, Config
 from lora_one.harness.config.validate import validate
 
+AMBIGUOUS = "Ambiguous value"  # how Hydra's message about a sweep without -m begins
+
 
 @dataclass(frozen=True)
 class Point:
@@ -55,7 +57,7 @@ def compose_config(overrides: Sequence[str]) -> Config:
         raise InputError(_explain_missing_choice(error)) from error
     except ConfigCompositionException as error:
         forced = [_force(override) for override in overrides]
-        if forced == list(overrides):
+        if forced == list(overrides) or str(error).startswith(AMBIGUOUS):
             raise InputError(_first_line(error)) from error
         # The schema knows the valid keys: let it say which one was meant.
         return compose_config(forced)
@@ -126,9 +128,11 @@ def _choices(group: str) -> list[str]:
 
 def _first_line(error: Exception) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    if lines and lines[0].startswith("Ambiguous value"):
+    if lines and lines[0].startswith(AMBIGUOUS):
         return f"{lines[0]}. Add -m to run every value, or write [a,b] for a list."
     if isinstance(error, OverrideParseException):
+        if error.override.partition("=")[2].startswith("~"):
+            return f"{error.override}: the shell left ~ as it stands. Write the path out ($HOME)."
         return (
             f"{error.override}: this is not Hydra's override grammar ({lines[0]}). Quote values "
             "with spaces, brackets or other special characters: 'key=\"value\"'."
