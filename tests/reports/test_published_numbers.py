@@ -2,6 +2,7 @@
 
 import re
 from pathlib import Path
+from statistics import mean
 
 import pytest
 
@@ -76,6 +77,37 @@ def test_table_2_is_as_published():
 def test_values_are_in_our_units(table, row, column, value, spread):
     (number,) = (n for n in numbers(load(), table) if (n.row, n.column) == (row, column))
     assert (number.value, number.spread) == (value, spread)
+
+
+# LoRA's cells in LoRA-GA's table give 82.01, where 82.08 is printed.
+PRINTED_AVERAGES = {
+    "lora_ga/glue": {
+        "Full FT": 87.91,
+        "PiSSA": 84.71,
+        "rsLoRA": 79.64,
+        "LoRA+": 84.95,
+        "DoRA": 82.57,
+        "AdaLoRA": 81.62,
+        "LoRA-GA": 87.77,
+    },
+    "riemannian/table2": {
+        "SGD": 71.21,
+        "scaled GD": 80.36,
+        "AdamW": 88.28,
+        "AdamW, re-run": 89.00,
+        "scaled AdamW": 89.01,
+    },
+}
+
+
+@pytest.mark.parametrize("table", PRINTED_AVERAGES)
+def test_the_cells_of_a_row_give_the_average_that_is_printed_beside_them(table):
+    cells: dict[str, list[float]] = {}
+    for number in numbers(load(), table):
+        cells.setdefault(number.row, []).append(100 * number.value)
+    for row, printed in PRINTED_AVERAGES[table].items():
+        # Both the cells and their average are rounded to hundredths.
+        assert mean(cells[row]) == pytest.approx(printed, abs=0.0101), row
 
 
 def test_what_only_another_paper_prints_is_marked():
