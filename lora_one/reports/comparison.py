@@ -11,7 +11,7 @@ chosen setting are its result.
 """
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,7 +40,7 @@ class Arm:
         tried: The points of its grid, trials where it has any.
         chosen: What represents the arm: the best point of the grid, of trials its final runs.
         chosen_by: ``validation loss``, or the metric's name where there was no such loss.
-        grid: Tuned setting -> the values that were tried, in order.
+        grid: Tuned setting -> the values that were tried: numbers in order, then ``auto``.
         at_edge: Tuned settings whose chosen value is the smallest or the largest tried.
     """
 
@@ -203,15 +203,19 @@ def _choose(name: str, groups: list[Group], metric: str) -> Arm:
     grid: dict[str, list[Any]] = {}
     for key in TUNED_KEYS:
         values = {group.settings.get(key) for group in tried if group.is_trained} - {None}
-        numbers = sorted(value for value in values if isinstance(value, int | float))
-        if numbers:
-            grid[key] = numbers
+        if values:
+            grid[key] = [*_numbers(values), *sorted(v for v in values if isinstance(v, str))]
     at_edge = tuple(
         key
         for key, values in grid.items()
-        if len(values) > 1 and best.settings.get(key) in (values[0], values[-1])
+        if len(numbers := _numbers(values)) > 1
+        and best.settings.get(key) in (numbers[0], numbers[-1])
     )
     return Arm(name, tuple(groups), tuple(tried), _result(best, groups), by, grid, at_edge)
+
+
+def _numbers(values: Iterable[Any]) -> list[float]:
+    return sorted(value for value in values if isinstance(value, int | float))
 
 
 def _result(best: Group, groups: Sequence[Group]) -> Group:

@@ -159,11 +159,15 @@ def chosen_words(arm: Arm) -> str:
     """Say which point of its grid an arm stands at."""
     settings = arm.chosen.settings
     parts = [
-        f"{SHORT[key]} {settings[key]:g}"
+        f"{SHORT[key]} {_as_word(settings[key])}"
         for key, values in arm.grid.items()
         if key == LEARNING_RATE or len(values) > 1
     ]
     return ", ".join(parts) or "-"
+
+
+def _as_word(value: float | str) -> str:
+    return value if isinstance(value, str) else f"{value:g}"
 
 
 def describe_number(number: Number) -> dict[str, Any]:

@@ -5,6 +5,7 @@ import pytest
 from lora_one.reports.comparison import compare
 from lora_one.reports.figures import pareto_front
 from lora_one.reports.groups import group_runs
+from lora_one.reports.page_data import chosen_words
 from lora_one.reports.records import find_runs
 
 
@@ -67,6 +68,19 @@ def test_gamma_and_damping_are_tuned_and_rank_makes_another_arm(tmp_path, write_
     }
     chosen = rows["lora_one · adamw · lora_r=8"].arm.chosen
     assert chosen.settings["init.stable_gamma"] == 64.0
+
+
+@pytest.mark.parametrize("best", [16.0, 64.0, "auto"])
+def test_a_gamma_that_was_searched_for_is_a_point_of_the_grid(tmp_path, write_run, best):
+    for gamma in (16.0, 64.0, "auto"):
+        loss = 0.1 if gamma == best else 0.5
+        settings = {"init.stable_gamma": gamma}
+        write_run(tmp_path, str(gamma), method="lora_one", settings=settings, loss=loss)
+    rows, _ = rows_of(tmp_path)
+    arm = rows["lora_one · adamw"].arm
+    assert arm.grid["init.stable_gamma"] == [16.0, 64.0, "auto"]
+    assert arm.at_edge == (() if best == "auto" else ("init.stable_gamma",))
+    assert chosen_words(arm) == "lr 0.001, gamma " + (best if best == "auto" else f"{best:g}")
 
 
 def test_differences_are_paired_over_seeds_and_put_into_words(tmp_path, write_run):
