@@ -12,15 +12,17 @@ chosen setting are its result.
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from lora_one.harness.sweeps.tuning import TUNED
+from lora_one.reports.figure import slug
 from lora_one.reports.groups import (
     FOLLOWS_METHOD,
     FOLLOWS_OPTIMISER,
     Group,
     as_text,
+    test_row_ids,
     varied_settings,
 )
 from lora_one.reports.statistics import Difference, mean, paired_difference, verdict
@@ -94,7 +96,7 @@ class Block:
     """What can be compared.
 
     Attributes:
-        title: Dataset, model and metric.
+        title: Dataset, model and metric; no two blocks have the same.
         metric: The primary metric of the dataset.
         groups: All settings.
         rows: One per arm, the best first.
@@ -130,15 +132,34 @@ def compare(groups: Sequence[Group]) -> list[Block]:
             blocks.setdefault((_subject(group), group.primary_metric), [])
     for (subject, _), members in blocks.items():
         members += [group for group in groups if group.is_trial and _subject(group) == subject]
-    return [_block(members) for members in blocks.values()]
+    return _told_apart([_block(members) for members in blocks.values()])
 
 
 def _subject(group: Group) -> str:
     """What runs must share to be compared by a metric."""
-    settings, data = group.settings, group.runs[0].record.get("data") or {}
-    facts = ("dataset.name", "dataset.path", "dataset.test_rows", "model.name")
-    rows = data.get("test_row_ids_sha256") if isinstance(data, dict) else None
-    return as_text([*(settings.get(fact) for fact in facts), rows])
+    return as_text(_subject_facts(group))
+
+
+def _subject_facts(group: Group) -> dict[str, str]:
+    facts = ("dataset.name", "dataset.test_rows", "model.name", "dataset.path")
+    known = {fact: str(group.settings.get(fact)) for fact in facts}
+    return known | {"test rows": str(test_row_ids(group.runs[0]))}
+
+
+def _told_apart(blocks: list[Block]) -> list[Block]:
+    """Add facts to titles until none is that of two blocks; titles name files as well."""
+    for fact in _subject_facts(blocks[0].groups[0]) if blocks else ():
+        own = [_subject_facts(block.groups[0])[fact] for block in blocks]
+        values: dict[str, set[str]] = {}
+        for block, value in zip(blocks, own, strict=True):
+            values.setdefault(slug(block.title), set()).add(value)
+        blocks = [
+            replace(block, title=f"{block.title} · {fact.rpartition('.')[2]} {value}")
+            if len(values[slug(block.title)]) > 1
+            else block
+            for block, value in zip(blocks, own, strict=True)
+        ]
+    return blocks
 
 
 def _block(groups: list[Group]) -> Block:

@@ -181,6 +181,13 @@ def varied_settings(groups: Sequence[Group]) -> list[str]:
     return sorted(varied)
 
 
+def test_row_ids(run: Run) -> str | None:
+    """Return what tells the test rows of a run from others, short enough to be shown."""
+    data = run.record.get("data")
+    rows = data.get("test_row_ids_sha256") if isinstance(data, dict) else None
+    return None if rows is None else str(rows)[:8]
+
+
 def _init_seconds(record: dict[str, Any]) -> float:
     computed = (record.get("init") or {}).get("seconds")
     if computed is not None:

@@ -125,6 +125,27 @@ def test_what_was_tested_otherwise_is_not_compared(tmp_path, write_run, change):
     assert [len(block.rows) for block in blocks_of(tmp_path)] == [1, 1]
 
 
+@pytest.mark.parametrize(
+    ("change", "endings"),
+    [
+        ({"settings": {"dataset.test_rows": 5}}, ["test_rows None", "test_rows 5"]),
+        (
+            {"settings": {"model.name": "b/tiny_llama"}},
+            ["name data/tiny_llama", "name b/tiny_llama"],
+        ),
+        ({"settings": {"dataset.path": "b"}}, ["path None", "path b"]),
+    ],
+    ids=["number of test rows", "folder of the model", "path of the data"],
+)
+def test_blocks_that_would_share_a_title_and_files_say_what_differs(
+    tmp_path, write_run, change, endings
+):
+    write_run(tmp_path, "a")
+    write_run(tmp_path, "b", **change)
+    titles = [block.title for block in blocks_of(tmp_path)]
+    assert [title.endswith(end) for title, end in zip(titles, endings, strict=True)] == [True] * 2
+
+
 def test_the_cost_of_an_arm_includes_its_tuning(tmp_path, write_run):
     write_run(tmp_path, "a", rate=1e-3, seconds=10.0, loss=0.5)
     write_run(tmp_path, "b", rate=2e-3, seconds=20.0, loss=0.9)
