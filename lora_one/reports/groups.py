@@ -125,8 +125,9 @@ def seed_key(settings: dict[str, Any]) -> str:
 def group_runs(runs: Sequence[Run]) -> tuple[list[Group], list[tuple[Run, Run]]]:
     """Group the finished runs.
 
-    Of untrained runs that gave the same replies under other seeds one counts: nothing in them was
-    random, so that they would feign a standard deviation of 0.
+    A seed counts once in a group: the copy of a run is no second one. So do untrained runs that
+    gave the same replies under other seeds: nothing in them was random. Either would feign a
+    standard deviation of 0.
 
     Returns:
         The groups, and of each run that repeats another (the first, the repeat).
@@ -135,26 +136,33 @@ def group_runs(runs: Sequence[Run]) -> tuple[list[Group], list[tuple[Run, Run]]]
     for run in runs:
         if run.status == "finished":
             settings = {key: value for key, value in run.settings.items() if key not in SEEDS}
-            groups.setdefault(as_text(settings), []).append(run)
+            # One path may have led to other files.
+            read = [test_row_ids(run), (run.record.get("adapter") or {}).get("sha256")]
+            groups.setdefault(as_text([settings, read]), []).append(run)
     repeats = [pair for members in groups.values() for pair in _take_repeats(members)]
     return [Group(tuple(members)) for members in groups.values()], repeats
 
 
 def _take_repeats(group: list[Run]) -> list[tuple[Run, Run]]:
-    """Take out of a group the untrained runs that repeat another; return both of each."""
+    """Take the runs that repeat another out of a group; return both of each."""
     seen: dict[str, Run] = {}
     repeats = []
     for run in list(group):
-        replies = (run.record.get("evaluation") or {}).get("replies_sha256")
-        if is_trained(run.settings) or replies is None:
-            continue
-        # A start that differs shows in the loss before it shows in a greedy reply.
-        outcome = json.dumps([replies, run.record["losses"]["validation"]])
-        first = seen.setdefault(outcome, run)
+        first = next((seen[trait] for trait in _traits(run) if trait in seen), run)
         if first is not run:
             group.remove(run)
             repeats.append((first, run))
+        seen |= dict.fromkeys(_traits(run), first)
     return repeats
+
+
+def _traits(run: Run) -> list[str]:
+    """What no two runs of a group may share: the seeds and, without training, the outcome."""
+    replies = (run.record.get("evaluation") or {}).get("replies_sha256")
+    if is_trained(run.settings) or replies is None:
+        return [seed_key(run.settings)]
+    # A start that differs shows in the loss before it shows in a greedy reply.
+    return [seed_key(run.settings), as_text([replies, run.record["losses"]["validation"]])]
 
 
 def varied_settings(groups: Sequence[Group]) -> list[str]:

@@ -12,7 +12,7 @@ from rich.text import Text
 
 from lora_one.harness.console import make_console
 from lora_one.reports.comparison import compare, higher_is_better, mean_of
-from lora_one.reports.groups import Group, group_runs, varied_settings
+from lora_one.reports.groups import Group, group_runs, seed_key, varied_settings
 from lora_one.reports.records import Run
 from lora_one.reports.statistics import mean, paired_difference, sd
 
@@ -42,7 +42,7 @@ def summarise(runs: Sequence[Run]) -> Results:
 
     Accuracy and losses are mean +- sample standard deviation over the seeds; seconds are means
     (a start from the cache counts with what it cost to compute); memory is the largest of all
-    phases and seeds. Of untrained runs that gave the same replies under other seeds one counts.
+    phases and seeds. Runs that repeat another count once, see ``group_runs``.
     """
     groups, repeats = group_runs(runs)
     varied = varied_settings(groups)
@@ -71,9 +71,14 @@ def excluded(runs: Sequence[Run], repeats: Sequence[tuple[Run, Run]]) -> list[st
         f"{run.status}: {run.folder.name}{reason(run)}" for run in runs if run.status != "finished"
     ]
     return notes + [
-        f"the replies of {first.folder.name} once more: {again.folder.name}"
+        f"{_repeated(first, again)} of {first.folder.name} once more: {again.folder.name}"
         for first, again in repeats
     ]
+
+
+def _repeated(first: Run, again: Run) -> str:
+    same_seeds = seed_key(first.settings) == seed_key(again.settings)
+    return "settings and seeds" if same_seeds else "the replies"
 
 
 def _row(group: Group, varied: list[str], metrics: list[str]) -> list[str]:

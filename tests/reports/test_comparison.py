@@ -7,6 +7,7 @@ from lora_one.reports.figures import pareto_front
 from lora_one.reports.groups import group_runs
 from lora_one.reports.page_data import chosen_words
 from lora_one.reports.records import find_runs
+from lora_one.reports.table import excluded
 
 
 def blocks_of(folder):
@@ -134,8 +135,9 @@ def test_what_was_tested_otherwise_is_not_compared(tmp_path, write_run, change):
             ["name data/tiny_llama", "name b/tiny_llama"],
         ),
         ({"settings": {"dataset.path": "b"}}, ["path None", "path b"]),
+        ({"record": {"data": {"test_row_ids_sha256": 64 * "f"}}}, ["rows None", "rows ffffffff"]),
     ],
-    ids=["number of test rows", "folder of the model", "path of the data"],
+    ids=["number of test rows", "folder of the model", "path of the data", "test rows"],
 )
 def test_blocks_that_would_share_a_title_and_files_say_what_differs(
     tmp_path, write_run, change, endings
@@ -144,6 +146,30 @@ def test_blocks_that_would_share_a_title_and_files_say_what_differs(
     write_run(tmp_path, "b", **change)
     titles = [block.title for block in blocks_of(tmp_path)]
     assert [title.endswith(end) for title, end in zip(titles, endings, strict=True)] == [True] * 2
+
+
+def test_a_copy_of_a_run_is_no_second_seed(tmp_path, write_run):
+    for name, seed, score in (("a", 0, 0.1), ("b", 1, 0.3), ("b_copy", 1, 0.3)):
+        write_run(tmp_path, name, seed=seed, score=score)
+    (group,), repeats = group_runs(find_runs(tmp_path))
+    assert group.values("accuracy") == [0.1, 0.3]
+    assert excluded(find_runs(tmp_path), repeats) == ["settings and seeds of b once more: b_copy"]
+
+
+def test_the_same_replies_of_untrained_runs_count_once(tmp_path, write_run):
+    untrained = {"settings": {"train": "none"}, "record": {"evaluation": {"replies_sha256": "f"}}}
+    for seed in (0, 1):
+        write_run(tmp_path, f"a{seed}", seed=seed, **untrained)
+    write_run(tmp_path, "other", seed=2, loss=0.9, **untrained)
+    (group,), repeats = group_runs(find_runs(tmp_path))
+    assert [run.folder.name for run in group.runs] == ["a0", "other"]
+    assert excluded(find_runs(tmp_path), repeats) == ["the replies of a0 once more: a1"]
+
+
+def test_one_path_to_two_adapters_makes_two_rows(tmp_path, write_run):
+    for name in ("a", "b"):
+        write_run(tmp_path, name, record={"adapter": {"path": "adapter", "sha256": name}})
+    assert [len(group.runs) for group in group_runs(find_runs(tmp_path))[0]] == [1, 1]
 
 
 def test_the_cost_of_an_arm_includes_its_tuning(tmp_path, write_run):
