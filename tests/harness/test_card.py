@@ -56,6 +56,12 @@ def test_a_runs_card(small, run, llama_folder, hub, tmp_path):
     assert "stable gamma" not in text
     assert read_stored(folder / "adapter").origin["method"] == "pissa"
 
+    # A trial of a comparison asks no test row.
+    trial = {"primary_metric": "validation_loss", "metrics": {"validation_loss": 2.5, "n": 3}}
+    write_card(config, folder, record | trial)
+    assert "test rows" not in read_card(folder)[1]
+    assert "| validation loss | 2.5000 |" in read_card(folder)[1]
+
     # The same run of a base and rows of the hub, whose card is in the cache.
     of_hub = config.model_copy(
         update={"model": config.model.model_copy(update={"name": "org/base"})}
