@@ -27,6 +27,8 @@ LLAMA_GLUE = {
     "peft.use_rslora": True,
     "peft.lora_dropout": 0.0,
     "peft.lora_target_modules": "all",
+    "peft.train_embeddings": False,
+    "init.scale": "stable",
 }
 METRICS = {"accuracy": 0.8, "accuracy_choice": 0.82, "n": 1043}
 
@@ -145,6 +147,9 @@ def test_a_number_stands_beside_a_run_with_its_recipe(group):
         {"dataset.train_rows": 100},
         {"dataset.test_rows": 100},
         {"peft.use_rslora": False},
+        {"peft.train_embeddings": True},
+        {"init.rank_allocation": "energy"},
+        {"init.scale": "gd"},
         {"optimizer.name": "preconditioned_adamw"},
         {"model.name": "google-t5/t5-small"},
         {"method": "gaussian"},
@@ -156,6 +161,30 @@ def test_another_recipe_has_no_number_beside_it(group, change):
         n for n in numbers(load(), "lora_one/table2") if (n.row, n.column) == ("LoRA-One", "CoLA")
     ]
     assert matching(group(**change), wanted) == []
+
+
+DEPARTURES = {
+    "lora_one/figure5": [{"dataset.train_rows": 1000}],
+    "peft/metamathqa": [{"dataset.train_rows": 1000}, {"model.epochs": 0.1}],
+    "pissa/table2": [
+        {"peft.use_rslora": True},
+        {"peft.lora_target_modules": "qv"},
+        {"peft.lora_dropout": 0.1},
+    ],
+}
+
+
+def test_a_departure_from_what_is_known_takes_the_published_numbers_away():
+    with composer(Path(__file__).parents[2] / "conf"):
+        configs = {name: compose_config([f"experiment={name}"]) for name in DEPARTURES}
+    for name, config in configs.items():
+        sections = [(k, v) for k, v in config.model_dump().items() if isinstance(v, dict)]
+        facts = {f"{section}.{key}": value for section, v in sections for key, value in v.items()}
+        facts |= {"train": config.train, METHOD: config.method}
+        found = numbers(load(), name)
+        assert not all(mismatches(number, facts) for number in found)
+        for change in DEPARTURES[name]:
+            assert all(mismatches(number, facts | change) for number in found), change
 
 
 def test_what_differs_is_said(group):
