@@ -12,7 +12,7 @@ from lora_one.reports.comparison import Block, compare
 from lora_one.reports.details import LEVELS, Detail, describe_run, read_init
 from lora_one.reports.figure import Evidence, slug
 from lora_one.reports.figures import make_figures, shown_runs
-from lora_one.reports.groups import Group, group_runs
+from lora_one.reports.groups import Group, diverged_runs, group_runs
 from lora_one.reports.latex import to_latex
 from lora_one.reports.page import pack, render_page
 from lora_one.reports.page_data import chosen_words, common_settings, overview, run_table
@@ -89,7 +89,7 @@ def build_report(
         require_table(published, paper)
     folder.mkdir(parents=True, exist_ok=True)
     groups, _ = group_runs(runs)
-    blocks = compare(groups)
+    blocks = compare(groups, diverged_runs(runs))
     results = summarise(runs)
     common = common_settings(runs)
     detail, packed, evidence = _read_runs(runs, blocks, common)
@@ -177,7 +177,7 @@ def comparison_table(blocks: Sequence[Block]) -> Results:
                 [
                     row.arm.name + suffix,
                     chosen_words(row.arm),
-                    str(len(row.arm.tried)),
+                    str(row.arm.budget),
                     str(len(chosen.runs)),
                     mean_sd(chosen.values(block.metric)),
                     mean_sd(chosen.validation_losses),

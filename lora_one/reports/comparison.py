@@ -8,6 +8,8 @@ choose, and then it is said.
 
 Where an arm has *trials*, runs that asked no test row, they are its grid, and its other runs at the
 chosen setting are its result.
+
+A setting at which training diverged was tried and has lost. Its runs are in no mean.
 """
 
 from collections import Counter
@@ -24,9 +26,12 @@ from lora_one.reports.groups import (
     as_text,
     test_row_ids,
     varied_settings,
+    without_seeds,
 )
+from lora_one.reports.records import Run
 from lora_one.reports.statistics import Difference, mean, paired_difference, verdict
 
+Settings = dict[str, Any]
 LEARNING_RATE = TUNED["learning_rate"]
 # What a method or an optimiser is tuned over; everything else that varies makes another arm.
 TUNED_KEYS = tuple(TUNED.values())
@@ -40,6 +45,7 @@ class Arm:
         name: Short, unique in its block.
         groups: All of its runs, at least one group.
         tried: The points of its grid, trials where it has any.
+        diverged: How many further settings were tried, and all their runs diverged.
         chosen: What represents the arm: the best point of the grid, of trials its final runs.
         chosen_by: ``validation loss``, or the metric's name where there was no such loss.
         grid: Tuned setting -> the values that were tried: numbers in order, then ``auto``.
@@ -49,10 +55,16 @@ class Arm:
     name: str
     groups: tuple[Group, ...]
     tried: tuple[Group, ...]
+    diverged: int
     chosen: Group
     chosen_by: str
     grid: dict[str, list[Any]]
     at_edge: tuple[str, ...]
+
+    @property
+    def budget(self) -> int:
+        """How many settings were tried."""
+        return len(self.tried) + self.diverged
 
     @property
     def runs(self) -> int:
@@ -120,8 +132,13 @@ def higher_is_better(metric: str) -> bool:
     return "loss" not in metric and "perplexity" not in metric
 
 
-def compare(groups: Sequence[Group]) -> list[Block]:
-    """Sort groups into blocks and judge each block's arms against its best one."""
+def compare(groups: Sequence[Group], diverged: Sequence[Run] = ()) -> list[Block]:
+    """Sort groups into blocks and judge each block's arms against its best one.
+
+    Args:
+        groups: Finished runs.
+        diverged: Runs that ended because a number was not finite, see ``groups.diverged_runs``.
+    """
     blocks: dict[tuple[str, str], list[Group]] = {}
     for group in groups:
         if not group.is_trial:
@@ -132,7 +149,7 @@ def compare(groups: Sequence[Group]) -> list[Block]:
             blocks.setdefault((_subject(group), group.primary_metric), [])
     for (subject, _), members in blocks.items():
         members += [group for group in groups if group.is_trial and _subject(group) == subject]
-    return _told_apart([_block(members) for members in blocks.values()])
+    return _told_apart([_block(members, diverged) for members in blocks.values()])
 
 
 def _subject(group: Group) -> str:
@@ -162,14 +179,14 @@ def _told_apart(blocks: list[Block]) -> list[Block]:
     return blocks
 
 
-def _block(groups: list[Group]) -> Block:
+def _block(groups: list[Group], diverged: Sequence[Run]) -> Block:
     metric = groups[0].primary_metric  # the first is a trial only where all are
     distinguishing = [key for key in varied_settings(groups) if key not in TUNED_KEYS]
     plain = {key: _plain_values(groups, key) for key in distinguishing}
     arms: dict[str, list[Group]] = {}
     for group in groups:
         arms.setdefault(_arm_name(group, plain), []).append(group)
-    chosen = [_choose(name, members, metric) for name, members in arms.items()]
+    chosen = [_choose(name, members, diverged, metric) for name, members in arms.items()]
     settings = groups[0].settings
     model = str(settings.get("model.name", "model")).rstrip("/").split("/")[-1]
     return Block(
@@ -177,7 +194,7 @@ def _block(groups: list[Group]) -> Block:
         metric=metric,
         groups=tuple(groups),
         rows=_judge(chosen, metric),
-        warnings=tuple(_warnings(chosen, metric)),
+        warnings=(*_warnings(chosen, metric), *_lost_seeds(chosen, diverged)),
     )
 
 
@@ -208,7 +225,7 @@ def _arm_name(group: Group, plain: Mapping[str, Mapping[tuple[str, str], str]]) 
     return " · ".join([*who, *extra])
 
 
-def _choose(name: str, groups: list[Group], metric: str) -> Arm:
+def _choose(name: str, groups: list[Group], diverged: Sequence[Run], metric: str) -> Arm:
     tried = [group for group in groups if group.is_trial] or groups
     losses = [mean_of(group.validation_losses) for group in tried]
     scores = [mean_of(group.values(metric)) for group in tried]
@@ -221,9 +238,11 @@ def _choose(name: str, groups: list[Group], metric: str) -> Arm:
     else:
         chosen, by = 0, "order"
     best = tried[chosen]
+    trained = [group.settings for group in tried if group.is_trained]
+    lost = _lost_settings(trained, diverged)
     grid: dict[str, list[Any]] = {}
     for key in TUNED_KEYS:
-        values = {group.settings.get(key) for group in tried if group.is_trained} - {None}
+        values = {settings.get(key) for settings in [*trained, *lost]} - {None}
         if values:
             grid[key] = [*_numbers(values), *sorted(v for v in values if isinstance(v, str))]
     at_edge = tuple(
@@ -232,7 +251,20 @@ def _choose(name: str, groups: list[Group], metric: str) -> Arm:
         if len(numbers := _numbers(values)) > 1
         and best.settings.get(key) in (numbers[0], numbers[-1])
     )
-    return Arm(name, tuple(groups), tuple(tried), _result(best, groups), by, grid, at_edge)
+    result = _result(best, groups)
+    return Arm(name, tuple(groups), tuple(tried), len(lost), result, by, grid, at_edge)
+
+
+def _lost_settings(tried: Sequence[Settings], diverged: Sequence[Run]) -> list[Settings]:
+    """Return what else an arm tried: each setting of which no run came to its end."""
+    untuned = {as_text(without_seeds(one, TUNED_KEYS)) for one in tried}
+    points = {as_text(without_seeds(one)) for one in tried}
+    lost: dict[str, Settings] = {}
+    for run in diverged:
+        point = as_text(without_seeds(run.settings))
+        if as_text(without_seeds(run.settings, TUNED_KEYS)) in untuned and point not in points:
+            lost.setdefault(point, run.settings)
+    return list(lost.values())
 
 
 def _numbers(values: Iterable[Any]) -> list[float]:
@@ -279,11 +311,11 @@ def _rank(score: float | None, higher: bool) -> tuple[bool, float]:
 
 def _warnings(arms: list[Arm], metric: str) -> list[str]:
     warnings = []
-    tried = {arm.name: len(arm.tried) for arm in arms if arm.chosen.is_trained}
+    tried = {arm.name: arm.budget for arm in arms if arm.chosen.is_trained}
     if len(set(tried.values())) > 1:
         counts = ", ".join(f"{name}: {count}" for name, count in tried.items())
         warnings.append(
-            f"unequal tuning budgets (settings tried, without those that failed): {counts}"
+            f"unequal tuning budgets (settings that were trained to the end or diverged): {counts}"
         )
     edges = [
         f"{arm.name} ({key.rpartition('.')[2]} {arm.chosen.settings[key]:g})"
@@ -307,6 +339,14 @@ def _warnings(arms: list[Arm], metric: str) -> list[str]:
             "more likely too large than too small"
         )
     return warnings
+
+
+def _lost_seeds(arms: Sequence[Arm], diverged: Sequence[Run]) -> list[str]:
+    """Warn of means over those seeds only with which a setting did not diverge."""
+    lost = Counter(as_text(without_seeds(run.settings)) for run in diverged)
+    counts = {arm.name: lost[as_text(without_seeds(arm.chosen.settings))] for arm in arms}
+    words = ", ".join(f"{name}: {count}" for name, count in counts.items() if count)
+    return [f"runs at the chosen setting that diverged and are in no mean: {words}"] * bool(words)
 
 
 def mean_of(values: Sequence[float | None]) -> float | None:

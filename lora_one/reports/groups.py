@@ -1,10 +1,11 @@
 """Runs that differ in nothing but their seed are one group: a row of a table."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from lora_one.errors import NonFiniteError
 from lora_one.reports.records import Run, is_trained
 
 SEEDS = ("seed", "dataset.seed", "init.seed", "model.seed", "evaluation.seed")
@@ -117,6 +118,11 @@ def as_text(value: Any) -> str:
     return json.dumps(value, sort_keys=True, default=str)
 
 
+def without_seeds(settings: dict[str, Any], more: Collection[str] = ()) -> dict[str, Any]:
+    """Return settings without the seeds, and without some more."""
+    return {key: value for key, value in settings.items() if key not in SEEDS and key not in more}
+
+
 def seed_key(settings: dict[str, Any]) -> str:
     """Return all seeds of a run as one key; equal keys make a pair."""
     return as_text([settings.get(name) for name in SEEDS])
@@ -135,12 +141,23 @@ def group_runs(runs: Sequence[Run]) -> tuple[list[Group], list[tuple[Run, Run]]]
     groups: dict[str, list[Run]] = {}
     for run in runs:
         if run.status == "finished":
-            settings = {key: value for key, value in run.settings.items() if key not in SEEDS}
+            settings = without_seeds(run.settings)
             # One path may have led to other files.
             read = [test_row_ids(run), (run.record.get("adapter") or {}).get("sha256")]
             groups.setdefault(as_text([settings, read]), []).append(run)
     repeats = [pair for members in groups.values() for pair in _take_repeats(members)]
     return [Group(tuple(members)) for members in groups.values()], repeats
+
+
+def diverged_runs(runs: Sequence[Run]) -> list[Run]:
+    """Return the trained runs that ended because a number was not finite, each seed once."""
+    found: dict[str, Run] = {}
+    for run in runs:
+        error = run.record.get("error")
+        kind = error.get("type") if isinstance(error, dict) else None
+        if run.status == "failed" and kind == NonFiniteError.__name__ and is_trained(run.settings):
+            found.setdefault(as_text(run.settings), run)
+    return list(found.values())
 
 
 def _take_repeats(group: list[Run]) -> list[tuple[Run, Run]]:

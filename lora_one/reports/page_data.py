@@ -132,7 +132,7 @@ def _row(row: Row, hue: str, block: Block, numbers: Sequence[Number]) -> dict[st
         "chosenBy": arm.chosen_by,
         "edge": list(arm.at_edge),
         "grid": {key: values for key, values in arm.grid.items() if len(values) > 1},
-        "tried": len(arm.tried),
+        "tried": arm.budget,
         "runs": arm.runs,
         "seeds": len(chosen.runs),
         "mean": mean_of(values),

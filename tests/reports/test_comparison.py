@@ -4,14 +4,15 @@ import pytest
 
 from lora_one.reports.comparison import compare
 from lora_one.reports.figures import pareto_front
-from lora_one.reports.groups import group_runs
+from lora_one.reports.groups import diverged_runs, group_runs
 from lora_one.reports.page_data import chosen_words
 from lora_one.reports.records import find_runs
 from lora_one.reports.table import excluded
 
 
 def blocks_of(folder):
-    return compare(group_runs(find_runs(folder))[0])
+    runs = find_runs(folder)
+    return compare(group_runs(runs)[0], diverged_runs(runs))
 
 
 def rows_of(folder):
@@ -219,6 +220,33 @@ def test_trials_choose_and_final_runs_on_other_seeds_are_judged(tmp_path, write_
     assert rows["lora · adamw"].difference.n == 3
     assert rows["lora · adamw"].difference.mean == pytest.approx(-0.1)
     assert rows["lora · adamw"].verdict == "worse"
+
+
+DIVERGED = {"type": "NonFiniteError", "message": "step 3: loss nan"}
+
+
+def test_a_setting_that_diverged_was_tried_and_has_lost(tmp_path, write_run):
+    for rate, loss in ((1e-3, 0.9), (2e-3, 0.5), (4e-3, 0.7)):
+        trial(write_run, tmp_path, f"a{rate}", rate=rate, loss=loss)
+    for rate, loss in ((1e-3, 0.9), (2e-3, 0.5)):
+        trial(write_run, tmp_path, f"b{rate}", method="pissa", rate=rate, loss=loss)
+    assert len(blocks_of(tmp_path)[0].warnings) == 2  # unequal budgets, a rate at the edge
+    lost = {"method": "pissa", "rate": 4e-3, "status": "failed", "record": {"error": DIVERGED}}
+    write_run(tmp_path, "b_lost", settings={"evaluation.metric": "validation_loss"}, **lost)
+    rows, block = rows_of(tmp_path)
+    assert block.warnings == ()
+    assert rows["pissa · adamw"].arm.budget == 3
+    assert rows["pissa · adamw"].arm.grid["model.learning_rate"] == [1e-3, 2e-3, 4e-3]
+
+
+def test_a_mean_without_the_seeds_that_diverged_is_warned_of(tmp_path, write_run):
+    for seed in (0, 1):
+        write_run(tmp_path, f"a{seed}", seed=seed)
+    write_run(tmp_path, "a2", seed=2, status="failed", record={"error": DIVERGED})
+    _, block = rows_of(tmp_path)
+    assert block.warnings == (
+        "runs at the chosen setting that diverged and are in no mean: lora · adamw: 1",
+    )
 
 
 def test_an_arm_whose_final_runs_are_missing_is_not_judged(tmp_path, write_run):

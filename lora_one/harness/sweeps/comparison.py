@@ -259,13 +259,14 @@ def _show(points: Sequence[Point]) -> None:
     """Print the comparison as the report shows it."""
     from lora_one.reports.build import comparison_table
     from lora_one.reports.comparison import compare as compare_groups
-    from lora_one.reports.groups import group_runs
+    from lora_one.reports.groups import diverged_runs, group_runs
     from lora_one.reports.records import load_runs
     from lora_one.reports.table import render_comparison
 
     folders = [Path(point.config.output_dir) / run_id(point.config) for point in points]
-    groups, _ = group_runs(load_runs(folders))
-    render_comparison(comparison_table(compare_groups(groups)))
+    runs = load_runs(folders)
+    blocks = compare_groups(group_runs(runs)[0], diverged_runs(runs))
+    render_comparison(comparison_table(blocks))
     folder = points[0].config.output_dir
     say(f"the report, with plots: python -m lora_one.reports {folder}")
 
