@@ -12,6 +12,7 @@ chosen setting are its result.
 A setting at which training diverged was tried and has lost. Its runs are in no mean.
 """
 
+import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -231,7 +232,9 @@ def _choose(name: str, groups: list[Group], diverged: Sequence[Run], metric: str
     scores = [mean_of(group.values(metric)) for group in tried]
     places = range(len(tried))
     if None not in losses:
-        chosen, by = min(places, key=lambda place: losses[place]), "validation loss"
+        # Of equal ones the smallest, as the search decides.
+        chosen = min(places, key=lambda place: (losses[place], _point(tried[place].settings)))
+        by = "validation loss"
     elif None not in scores:
         pick = max if higher_is_better(metric) else min
         chosen, by = pick(places, key=lambda place: scores[place]), metric
@@ -265,6 +268,14 @@ def _lost_settings(tried: Sequence[Settings], diverged: Sequence[Run]) -> list[S
         if as_text(without_seeds(run.settings, TUNED_KEYS)) in untuned and point not in points:
             lost.setdefault(point, run.settings)
     return list(lost.values())
+
+
+def _point(settings: Settings) -> list[float]:
+    """Return where a setting lies in the grid; behind all numbers where it has none."""
+    return [
+        value if isinstance(value := settings.get(key), int | float) else math.inf
+        for key in TUNED_KEYS
+    ]
 
 
 def _numbers(values: Iterable[Any]) -> list[float]:

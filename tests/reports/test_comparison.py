@@ -2,6 +2,7 @@
 
 import pytest
 
+from lora_one.harness.sweeps.tuning import best
 from lora_one.reports.comparison import compare
 from lora_one.reports.figures import pareto_front
 from lora_one.reports.groups import diverged_runs, group_runs
@@ -247,6 +248,17 @@ def test_a_mean_without_the_seeds_that_diverged_is_warned_of(tmp_path, write_run
     assert block.warnings == (
         "runs at the chosen setting that diverged and are in no mean: lora · adamw: 1",
     )
+
+
+def test_of_equal_losses_the_report_and_the_search_choose_the_same(tmp_path, write_run):
+    # By name the larger rate comes first.
+    rates = {"lr0.0001": 1e-4, "lr5e-05": 5e-5}
+    for name, rate in rates.items():
+        trial(write_run, tmp_path, name, rate=rate, loss=0.5)
+    (rate,) = best({(rate,): 0.5 for rate in rates.values()})
+    write_run(tmp_path, "f", rate=rate, seed=1, settings={"evaluation.metric": "task"})
+    rows, _ = rows_of(tmp_path)
+    assert rows["lora · adamw"].arm.chosen.values("accuracy") == [0.5]
 
 
 def test_an_arm_whose_final_runs_are_missing_is_not_judged(tmp_path, write_run):
