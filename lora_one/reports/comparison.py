@@ -36,6 +36,15 @@ Settings = dict[str, Any]
 LEARNING_RATE = TUNED["learning_rate"]
 # What a method or an optimiser is tuned over; everything else that varies makes another arm.
 TUNED_KEYS = tuple(TUNED.values())
+# Where a record says on what machine and by what code it was made.
+ORIGINS = (
+    ("processor", ("hardware", "processor")),
+    ("GPUs", ("hardware", "gpus")),
+    ("threads", ("hardware", "threads")),
+    ("commit", ("git", "commit")),
+    ("torch", ("versions", "torch")),
+    ("transformers", ("versions", "transformers")),
+)
 
 
 @dataclass(frozen=True)
@@ -195,7 +204,11 @@ def _block(groups: list[Group], diverged: Sequence[Run]) -> Block:
         metric=metric,
         groups=tuple(groups),
         rows=_judge(chosen, metric),
-        warnings=(*_warnings(chosen, metric), *_lost_seeds(chosen, diverged)),
+        warnings=(
+            *_warnings(chosen, metric),
+            *_lost_seeds(chosen, diverged),
+            *_mixed_origins(chosen),
+        ),
     )
 
 
@@ -358,6 +371,24 @@ def _lost_seeds(arms: Sequence[Arm], diverged: Sequence[Run]) -> list[str]:
     counts = {arm.name: lost[as_text(without_seeds(arm.chosen.settings))] for arm in arms}
     words = ", ".join(f"{name}: {count}" for name, count in counts.items() if count)
     return [f"runs at the chosen setting that diverged and are in no mean: {words}"] * bool(words)
+
+
+def _mixed_origins(arms: Sequence[Arm]) -> list[str]:
+    """Warn of rows that other machines or other code have made than the rest."""
+    runs = [run for arm in arms for run in arm.chosen.runs]
+    counts = {name: len({as_text(_origin(run, path)) for run in runs}) for name, path in ORIGINS}
+    words = ", ".join(f"{name} ({count})" for name, count in counts.items() if count > 1)
+    return [
+        f"the runs differ in more than their settings: {words}. Seconds and memory do not compare, "
+        "and other rounding moves a metric"
+    ] * bool(words)
+
+
+def _origin(run: Run, path: Sequence[str]) -> Any:
+    found = run.record.get("provenance")
+    for key in path:
+        found = found.get(key) if isinstance(found, dict) else None
+    return found
 
 
 def mean_of(values: Sequence[float | None]) -> float | None:

@@ -250,6 +250,17 @@ def test_a_mean_without_the_seeds_that_diverged_is_warned_of(tmp_path, write_run
     )
 
 
+def test_runs_of_several_machines_or_versions_are_warned_of(tmp_path, write_run):
+    for name, method, processor in (("a", "lora", "Xeon"), ("b", "pissa", "EPYC")):
+        made = {"hardware": {"processor": processor}, "versions": {"torch": "2.13.0"}, "git": None}
+        write_run(tmp_path, name, method=method, record={"provenance": made})
+    _, block = rows_of(tmp_path)
+    assert block.warnings == (
+        "the runs differ in more than their settings: processor (2). Seconds and memory do not "
+        "compare, and other rounding moves a metric",
+    )
+
+
 def test_of_equal_losses_the_report_and_the_search_choose_the_same(tmp_path, write_run):
     # By name the larger rate comes first.
     rates = {"lr0.0001": 1e-4, "lr5e-05": 5e-5}
