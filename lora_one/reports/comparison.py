@@ -357,6 +357,11 @@ def _warnings(arms: list[Arm], metric: str) -> list[str]:
             f"chosen by {metric} on the test rows themselves, which flatters (there is no "
             f"validation loss): {', '.join(flattered)}"
         )
+    # The loss of test rows leaves out those that are longer than model.max_length.
+    rows = {arm.name: arm.chosen.test_rows for arm in arms if arm.chosen.test_rows is not None}
+    if len(set(rows.values())) > 1:
+        counts = ", ".join(f"{name}: {count}" for name, count in rows.items())
+        warnings.append(f"{metric} was not taken over the same test rows: {counts}")
     if len(arms) > 2:
         warnings.append(
             f"the best of {len(arms)} rows is partly the luckiest: its lead over the others is "

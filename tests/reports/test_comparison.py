@@ -261,6 +261,17 @@ def test_runs_of_several_machines_or_versions_are_warned_of(tmp_path, write_run)
     )
 
 
+def test_a_loss_over_fewer_rows_is_warned_of(tmp_path, write_run):
+    for name, length, rows in (("a", 256, 90), ("b", 512, 100)):
+        record = {"primary_metric": "test_loss", "metrics": {"test_loss": 0.5, "n": rows}}
+        write_run(tmp_path, name, settings={"model.max_length": length}, record=record)
+    _, block = rows_of(tmp_path)
+    assert block.warnings == (
+        "test_loss was not taken over the same test rows: lora · adamw · max_length=256: 90, "
+        "lora · adamw · max_length=512: 100",
+    )
+
+
 def test_of_equal_losses_the_report_and_the_search_choose_the_same(tmp_path, write_run):
     # By name the larger rate comes first.
     rates = {"lr0.0001": 1e-4, "lr5e-05": 5e-5}
