@@ -154,7 +154,9 @@ def _table(config: Config, facts: Mapping[str, Any]) -> Iterator[tuple[str, str]
 def _results(facts: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     metrics, name = facts["metrics"], facts["primary_metric"]
     if name in metrics and name != "validation_loss":
-        yield name, f"{metrics[name]:.4f} of {metrics['n']} test rows"
+        # Of several replies to a row n counts all; a loss leaves rows out that are too long.
+        rows = metrics["n"] if name == "test_loss" else facts["data"]["rows"]["test"]
+        yield name, f"{metrics[name]:.4f} of {rows} test rows"
     if metrics["validation_loss"] is not None:
         yield "validation loss", f"{metrics['validation_loss']:.4f}"
 

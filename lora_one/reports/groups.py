@@ -72,8 +72,13 @@ class Group:
 
     @property
     def test_rows(self) -> int | None:
-        """How many test rows were scored; None where none was asked."""
-        return None if self.is_trial else self.runs[0].record["metrics"].get("n")
+        """How many test rows were scored; None where none was asked, or that is not known."""
+        counted = self.runs[0].record["metrics"].get("n")
+        if self.is_trial or not isinstance(counted, int):
+            return None
+        # Of several replies to a row all are counted; a loss is taken of the row itself.
+        replies = self.settings.get("evaluation.samples") or 1
+        return counted if self.primary_metric == "test_loss" else counted // replies
 
     def values(self, metric: str) -> list[float | None]:
         """One value per run, None where a run has none."""

@@ -56,6 +56,10 @@ def test_a_runs_card(small, run, llama_folder, hub, tmp_path):
     assert "stable gamma" not in text
     assert read_stored(folder / "adapter").origin["method"] == "pissa"
 
+    # With two replies to each row.
+    write_card(config, folder, record | {"metrics": record["metrics"] | {"n": 12}})
+    assert "of 6 test rows |" in read_card(folder)[1]
+
     # A trial of a comparison asks no test row.
     trial = {"primary_metric": "validation_loss", "metrics": {"validation_loss": 2.5, "n": 3}}
     write_card(config, folder, record | trial)

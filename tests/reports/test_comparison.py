@@ -261,6 +261,13 @@ def test_runs_of_several_machines_or_versions_are_warned_of(tmp_path, write_run)
     )
 
 
+def test_several_replies_to_a_row_are_one_test_row(tmp_path, write_run):
+    write_run(tmp_path, "a", settings={"evaluation.samples": 4})  # n = 100 replies (write_run)
+    write_run(tmp_path, "b", settings={"evaluation.samples": 1}, record={"metrics": {"n": 25}})
+    groups, _ = group_runs(find_runs(tmp_path))
+    assert [group.test_rows for group in groups] == [25, 25]
+
+
 def test_a_loss_over_fewer_rows_is_warned_of(tmp_path, write_run):
     for name, length, rows in (("a", 256, 90), ("b", 512, 100)):
         record = {"primary_metric": "test_loss", "metrics": {"test_loss": 0.5, "n": rows}}
