@@ -362,6 +362,15 @@ def _warnings(arms: list[Arm], metric: str) -> list[str]:
     if len(set(rows.values())) > 1:
         counts = ", ".join(f"{name}: {count}" for name, count in rows.items())
         warnings.append(f"{metric} was not taken over the same test rows: {counts}")
+    # Of untrained runs that gave the same replies one seed is left.
+    seeds = {arm.name: arm.chosen.by_seed(metric).keys() for arm in arms if arm.chosen.is_trained}
+    seeds = {name: known for name, known in seeds.items() if known}
+    if len(set(map(frozenset, seeds.values()))) > 1:
+        counts = ", ".join(f"{name}: {len(known)}" for name, known in seeds.items())
+        warnings.append(
+            f"means over different seeds ({counts}), which a difference is not: it is taken over "
+            "the seeds that both have"
+        )
     if len(arms) > 2:
         warnings.append(
             f"the best of {len(arms)} rows is partly the luckiest: its lead over the others is "

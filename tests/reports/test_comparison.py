@@ -261,6 +261,20 @@ def test_runs_of_several_machines_or_versions_are_warned_of(tmp_path, write_run)
     )
 
 
+def test_means_over_other_seeds_than_the_difference_are_warned_of(tmp_path, write_run):
+    for seed, score in ((0, 0.9), (1, 0.5), (2, 0.4)):
+        write_run(tmp_path, f"a{seed}", seed=seed, score=score)
+    write_run(tmp_path, "b0", method="pissa", seed=0, score=0.65)
+    rows, block = rows_of(tmp_path)
+    # The best mean is worse with the only seed that both have.
+    assert rows["pissa · adamw"].is_best
+    assert rows["lora · adamw"].difference.mean == pytest.approx(0.25)
+    assert block.warnings == (
+        "means over different seeds (lora · adamw: 3, pissa · adamw: 1), which a difference is "
+        "not: it is taken over the seeds that both have",
+    )
+
+
 def test_several_replies_to_a_row_are_one_test_row(tmp_path, write_run):
     write_run(tmp_path, "a", settings={"evaluation.samples": 4})  # n = 100 replies (write_run)
     write_run(tmp_path, "b", settings={"evaluation.samples": 1}, record={"metrics": {"n": 25}})
