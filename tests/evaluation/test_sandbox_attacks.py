@@ -359,6 +359,14 @@ def test_children_without_namespaces_end_with_the_program(level):
     assert _gone(lambda: [pid for pid in pids if Path("/proc", pid).exists()])
 
 
+def test_a_process_name_that_is_no_text_changes_no_verdict(isolated):
+    program = (
+        "import ctypes, time\nctypes.CDLL(None).prctl(15, b'\\xff)', 0, 0, 0)\ntime.sleep(0.1)\n"
+        "def f(x):\n    return x * x"
+    )
+    assert judge(program, isolated).passed
+
+
 def test_every_process_of_the_machine_is_out_of_reach_of_signals(isolated):
     program = (
         "import os, signal\ndef f(pids):\n    reached = 0\n    for pid in pids:\n"

@@ -175,7 +175,8 @@ def _stat_fields(path: str, dir_fd: int | None = None) -> list[str] | None:
     """Return the fields of a stat file from the state on; None when the process is gone."""
     opener: Callable[[str, int], int] = lambda name, flags: os.open(name, flags, dir_fd=dir_fd)  # noqa: E731
     try:
-        with open(path, opener=opener) as file:
+        # The name in brackets may be any bytes: the kernel cuts it, also within a character.
+        with open(path, opener=opener, encoding="utf-8", errors="replace") as file:
             return file.read().rpartition(")")[2].split()
     except (FileNotFoundError, ProcessLookupError):
         return None
