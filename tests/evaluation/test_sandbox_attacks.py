@@ -367,6 +367,15 @@ def test_a_process_name_that_is_no_text_changes_no_verdict(isolated):
     assert judge(program, isolated).passed
 
 
+def test_processor_time_of_children_that_have_ended_counts(isolated):
+    program = (
+        "import os, time\nwhile True:\n    if os.fork() == 0:\n"
+        "        while time.process_time() < 0.2: pass\n        os._exit(0)\n    os.wait()"
+    )
+    outcome = judge(program, isolated, limits=replace(LIMITS, cpu_seconds=0.5, wall_seconds=6))
+    assert (outcome.reason, outcome.detail) == ("timeout", "the limit on processor time was passed")
+
+
 def test_every_process_of_the_machine_is_out_of_reach_of_signals(isolated):
     program = (
         "import os, signal\ndef f(pids):\n    reached = 0\n    for pid in pids:\n"

@@ -144,8 +144,9 @@ def _passed_limit(proc: int, limits: "Limits") -> str | None:
             continue
         fields = _stat_fields(f"{name}/stat", proc)
         if fields is not None:
-            # After the name in brackets: utime, stime and the resident pages.
-            cpu += (int(fields[11]) + int(fields[12])) / _TICKS
+            # After the name in brackets: utime and stime, of the process and of the children that
+            # it has waited for, and the resident pages.
+            cpu += sum(map(int, fields[11:15])) / _TICKS
             memory += int(fields[21]) * _PAGE
     children = resource.getrusage(resource.RUSAGE_CHILDREN)
     cpu += children.ru_utime + children.ru_stime
