@@ -1,8 +1,10 @@
 """What an honest program may expect of the sandbox, and how its verdicts read."""
 
 import os
+import shutil
 import subprocess
 import sys
+import tempfile
 import threading
 from pathlib import Path
 
@@ -293,6 +295,26 @@ def test_the_sandbox_ends_with_the_process_that_judges(tmp_path):
     cells = _wait_for(lambda: _cells_of(process.pid), bool)
     process.kill()
     process.wait()
+    assert _wait_for(lambda: [pid for pid in cells if Path("/proc", pid).exists()], _empty) == []
+
+
+def test_without_namespaces_the_program_itself_ends_with_the_process_that_judges():
+    mark = f"started-{os.getpid()}"
+    program = f"import time\nopen({mark!r}, 'w').close()\ntime.sleep(60)"
+    script = (
+        "import sys; sys.path.insert(0, sys.argv[1])\n"
+        "from lora_one.evaluation.sandbox import judge_program\n"
+        f"judge_program({program!r}, 'assert 0', level='rlimits')\n"
+    )
+    repository = str(Path(__file__).resolve().parents[2])
+    process = subprocess.Popen([sys.executable, "-c", script, repository])
+    temporary = Path(tempfile.gettempdir())
+    found = _wait_for(lambda: list(temporary.glob(f"sandbox-*/{mark}")), bool)
+    cells = _cells_of(process.pid)
+    process.kill()
+    process.wait()
+    shutil.rmtree(found[0].parent)
+    assert len(cells) == 4  # the program, its tests, and their guards
     assert _wait_for(lambda: [pid for pid in cells if Path("/proc", pid).exists()], _empty) == []
 
 

@@ -121,6 +121,7 @@ def _be(
         sys.argv, sys.path = [""], [entry for entry in sys.path if entry != order["package"]]
         namespaces_used = order["level"] != "rlimits"
         guard.confine(limits, user, order["process_limit"], namespaces=namespaces_used)
+        kernel.die_with_parent()  # once more: the kernel forgets it where the user has changed
         if order["role"] == "candidate":
             os.close(status)
             if order["level"] == "rlimits":
