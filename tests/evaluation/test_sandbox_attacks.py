@@ -298,6 +298,20 @@ def test_the_working_folder_is_empty_writable_and_may_be_deleted(level):
     assert judge(program, level, "assert f() == ([], ['note'])").passed
 
 
+def test_folders_too_deep_to_be_removed_level_by_level_are_removed(level):
+    if level != "rlimits":
+        pytest.skip("with namespaces the folder is a file system, which goes as a whole")
+    program = (
+        "import os\nprint(os.getcwd())\nopen('file', 'w').close()\nos.symlink('file', 'link')\n"
+        "at = os.open('.', os.O_RDONLY)\nfor _ in range(1200):\n"
+        "    os.mkdir('deep', dir_fd=at)\n    below = os.open('deep', os.O_RDONLY, dir_fd=at)\n"
+        "    os.close(at)\n    at = below\nos.chmod('deep', 0)" + WRONG
+    )
+    outcome = judge(program, level)
+    assert outcome.reason == "failed", outcome
+    assert not Path(outcome.output.strip()).parent.exists()
+
+
 def test_two_programs_do_not_see_each_others_files(level):
     program = "import os\ndef f():\n    open('note', 'w').close()\n    return os.listdir('.')"
     for _ in range(2):

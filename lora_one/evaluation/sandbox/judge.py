@@ -230,10 +230,30 @@ def _probe(level: Level) -> Outcome:
 
 
 def _working_folder(stack: ExitStack) -> str:
-    folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="sandbox-"))
+    above = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="sandbox-")))
+    folder = above / "0"
+    folder.mkdir(mode=0o700)
     if os.geteuid() == 0:
+        above.chmod(0o711)
         os.chown(folder, NOBODY, NOBODY)
-    return folder
+    stack.callback(_remove_folders_in, above)
+    return str(folder)
+
+
+def _remove_folders_in(above: Path) -> None:
+    """Remove what a program left, at any depth: ``shutil.rmtree`` calls itself for each level."""
+    moved = 0
+    while folders := list(above.iterdir()):
+        for folder in folders:
+            folder.chmod(0o700)
+            for entry in list(folder.iterdir()):
+                if entry.is_dir() and not entry.is_symlink():
+                    entry.chmod(0o700)  # to move a folder one must be allowed to write to it
+                    moved += 1
+                    entry.rename(above / str(moved))
+                else:
+                    entry.unlink()
+            folder.rmdir()
 
 
 def _printable(text: str, keep: str = "") -> str:
