@@ -66,16 +66,25 @@ class Settings:
     include_path: Path | None = None
 
 
-def find_target(path: Path, *, base: str | None = None, dtype: str | None = None) -> Target:
+def find_target(
+    path: Path,
+    *,
+    base: str | None = None,
+    dtype: str | None = None,
+    trust_remote_code: bool = False,
+) -> Target:
     """Find out what a run folder or an adapter folder holds.
 
     Args:
         path: A folder with ``run.json`` (a finished run) or with ``adapter_config.json``.
         base: Another place of the base model than the one that is recorded.
         dtype: Of the base's weights; None is that of the run, or float32 for a lone adapter.
+        trust_remote_code: Run Python code that comes with the base; a folder, which somebody else
+            may have written, cannot ask for that.
 
     Raises:
-        InputError: Neither is there, the run is not finished, or it left no adapter and no model.
+        InputError: Neither is there, the run is not finished, it left no adapter and no model, or
+            its base comes with code that ``trust_remote_code`` does not allow.
     """
     exported = path.name in ("adapter", "model") and (path.parent / "run.json").is_file()
     home = path.parent if exported else path
@@ -85,9 +94,21 @@ def find_target(path: Path, *, base: str | None = None, dtype: str | None = None
                 f"{path}: neither a run folder (no run.json) nor an adapter (no "
                 "adapter_config.json)"
             )
-        return Target(base or _base_of(path), path, path, dtype=dtype or "float32")
+        return Target(
+            base=base or _base_of(path),
+            adapter=path,
+            folder=path,
+            dtype=dtype or "float32",
+            trust_remote_code=trust_remote_code,
+        )
     _require_finished(home)
     settings = _model_settings(home / "config.yaml")
+    if settings.get("trust_remote_code") and not trust_remote_code:
+        raise InputError(
+            f"{home}: the run was made with model.trust_remote_code=true, so that "
+            f"{settings.get('name')} runs Python code of its own; if you trust that code, add "
+            "--trust_remote_code"
+        )
     dtype = dtype or ("bfloat16" if settings.get("bf16") else "float32")
     adapter, model = home / "adapter", home / "model"
     if (adapter / "adapter_config.json").is_file():
@@ -97,10 +118,10 @@ def find_target(path: Path, *, base: str | None = None, dtype: str | None = None
             folder=home,
             revision=settings.get("revision") or "main",
             dtype=dtype,
-            trust_remote_code=bool(settings.get("trust_remote_code")),
+            trust_remote_code=trust_remote_code,
         )
     if (model / "config.json").is_file():
-        return Target(str(model), None, home, dtype=dtype)
+        return Target(str(model), None, home, dtype=dtype, trust_remote_code=trust_remote_code)
     raise InputError(
         f"{home}: the run has left neither adapter/ nor model/. If it evaluated an adapter "
         "(evaluate.adapter), give that adapter's folder."
@@ -210,7 +231,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         include_path=given.include_path,
     )
     try:
-        target = find_target(given.path, base=given.base, dtype=given.dtype)
+        target = find_target(
+            given.path,
+            base=given.base,
+            dtype=given.dtype,
+            trust_remote_code=given.trust_remote_code,
+        )
         if given.print:
             print(command(target, settings))
             return 0
@@ -238,6 +264,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--include_path", type=Path, help="folder with task files of your own")
     parser.add_argument("--base", help="the base model, where it is elsewhere than recorded")
     parser.add_argument("--dtype", help="of the base's weights (default: as in the run)")
+    parser.add_argument(
+        "--trust_remote_code", action="store_true", help="run Python code that comes with the base"
+    )
     parser.add_argument("--print", action="store_true", help="print the lm_eval command only")
     return parser
 

@@ -131,19 +131,33 @@ def _run_folder(tmp_path, **model):
 
 
 def test_a_run_folder_says_its_base_dtype_and_revision(tmp_path):
-    folder = _run_folder(tmp_path, name="me/base", bf16=True, revision="v1", trust_remote_code=True)
+    folder = _run_folder(
+        tmp_path, name="me/base", bf16=True, revision="v1", trust_remote_code=False
+    )
     with pytest.raises(InputError, match=r"neither adapter/ nor model/.*evaluate\.adapter"):
         find_target(folder)
     (folder / "adapter").mkdir()
     (folder / "adapter" / "adapter_config.json").write_text("{}")
-    target = Target("me/base", folder / "adapter", folder, "v1", "bfloat16", True)
+    target = Target("me/base", folder / "adapter", folder, "v1", "bfloat16")
     assert find_target(folder) == find_target(folder / "adapter") == target
     assert command(target, Settings(["gsm8k_cot", "mmlu"], num_fewshot=5, limit=100)) == (
         "lm_eval run --model hf --model_args "
-        f"pretrained=me/base,dtype=bfloat16,peft={folder}/adapter,revision=v1,"
-        "trust_remote_code=True --tasks gsm8k_cot,mmlu --batch_size auto --num_fewshot 5 "
-        "--limit 100"
+        f"pretrained=me/base,dtype=bfloat16,peft={folder}/adapter,revision=v1 "
+        "--tasks gsm8k_cot,mmlu --batch_size auto --num_fewshot 5 --limit 100"
     )
+
+
+def test_code_of_a_base_runs_where_the_command_line_allows_it_and_not_because_a_folder_says_so(
+    tmp_path, capsys
+):
+    folder = _run_folder(tmp_path, name="me/base", bf16=False, trust_remote_code=True)
+    (folder / "adapter").mkdir()
+    (folder / "adapter" / "adapter_config.json").write_text("{}")
+    for path in (folder, folder / "adapter"):
+        assert main([str(path), "--tasks", "gsm8k_cot", "--print"]) == 2
+        assert "add --trust_remote_code" in capsys.readouterr().err
+    assert main([str(folder), "--tasks", "gsm8k_cot", "--print", "--trust_remote_code"]) == 0
+    assert "trust_remote_code=True" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("record", ['{"status": "running"}', '{"status": "failed"}', "{}", "{"])
