@@ -21,7 +21,7 @@ from lora_one.adapters.merge import (
     logits_of,
     merge_adapter,
 )
-from lora_one.adapters.stored import PREFIX, StoredAdapter
+from lora_one.adapters.stored import PREFIX, UNCHECKED_BY_PEFT, StoredAdapter
 from lora_one.errors import InputError, nearest
 from lora_one.layers import lora_layers
 from lora_one.snapshots import fetch
@@ -184,8 +184,8 @@ def _attach(adapter: StoredAdapter, model: PreTrainedModel, name: str) -> PeftMo
     """Put the adapter on the base, and check that every layer has found its place."""
     try:
         peft_model = PeftModel.from_pretrained(model, str(adapter.path))
-    except (RuntimeError, ValueError) as error:
-        reason = " ".join(str(error).split())[:300]
+    except (RuntimeError, *UNCHECKED_BY_PEFT) as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
         raise InputError(f"{adapter.path} does not fit the base model {name}: {reason}") from None
     present = set(lora_layers(peft_model))
     stored = {layer.name for layer in adapter.layers}

@@ -35,6 +35,17 @@ _OTHER_PRODUCTS = (
     "arrow_config",
     "monteclora_config",
 )
+UNCHECKED_BY_PEFT = (
+    ArithmeticError,
+    AttributeError,
+    LookupError,
+    NotImplementedError,
+    TypeError,
+    ValueError,
+    re.error,
+)
+"""What PEFT raises over settings and files that are odd in a way that it does not look for."""
+
 PREFIX = "base_model.model."
 _FACTOR = re.compile(r"(.+)\.lora_(?:([AB])\.weight|embedding_([AB]))")
 

@@ -4,12 +4,13 @@ from copy import deepcopy
 from dataclasses import dataclass
 
 from peft import PeftConfig, get_peft_model
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedTokenizerBase
 
+from lora_one.adapters.stored import UNCHECKED_BY_PEFT
 from lora_one.errors import InputError
 from lora_one.evaluation.evaluate import plan_jobs
-from lora_one.harness.config.given_adapter import WEIGHTS, GivenAdapter, read_adapter
+from lora_one.harness.config.given_adapter import SETTINGS, WEIGHTS, GivenAdapter, read_adapter
 from lora_one.harness.config.schema import Config
 from lora_one.harness.console import quiet_libraries
 from lora_one.harness.data.rows import Batch, Data, init_batches, load_data
@@ -158,7 +159,7 @@ def match_adapter(
         PEFT's config of it, and the shapes (out, in) of the layers that it changes.
 
     Raises:
-        InputError: it is no LoRA, or was made for a model with other layers.
+        InputError: it is no LoRA, damaged, or was made for a model with other layers.
     """
     if given.kind != "LORA":
         raise InputError(f"evaluate.adapter={given.path}: a {given.kind} adapter; expected LORA.")
@@ -170,21 +171,34 @@ def match_adapter(
             f"loaded as {TASK_TYPES[base.architecture].value}."
             + (f" Add model.type={needed}." if needed else "")
         )
-    adapter = PeftConfig.from_pretrained(given.path)
-    # On a skeleton there is no weight to start from, and the start is overwritten anyway.
-    adapter.init_lora_weights = False
-    shapes = target_shapes(skeleton(base), adapter)
+    try:
+        adapter = PeftConfig.from_pretrained(given.path)
+        # On a skeleton there is no weight to start from, and the start is overwritten anyway.
+        adapter.init_lora_weights = False
+        shapes = target_shapes(skeleton(base), adapter)
+        model = get_peft_model(skeleton(base), deepcopy(adapter))
+    except UNCHECKED_BY_PEFT as error:
+        raise InputError(
+            f"evaluate.adapter={given.path}: PEFT cannot make an adapter of its {SETTINGS} "
+            f"({type(error).__name__}: {error})."
+        ) from error
     expected = {
         key.replace(".default", ""): tuple(tensor.shape)
-        for key, tensor in get_peft_model(skeleton(base), deepcopy(adapter)).state_dict().items()
+        for key, tensor in model.state_dict().items()
         if ".lora_A." in key or ".lora_B." in key
     }
-    with safe_open(given.path / WEIGHTS, "pt") as file:
-        found = {
-            key: tuple(file.get_slice(key).get_shape())
-            for key in file.keys()  # noqa: SIM118 -- safe_open is no mapping
-            if ".lora_A." in key or ".lora_B." in key
-        }
+    try:
+        with safe_open(given.path / WEIGHTS, "pt") as file:
+            found = {
+                key: tuple(file.get_slice(key).get_shape())
+                for key in file.keys()  # noqa: SIM118 -- safe_open is no mapping
+                if ".lora_A." in key or ".lora_B." in key
+            }
+    except SafetensorError as error:
+        raise InputError(
+            f"evaluate.adapter={given.path}: {WEIGHTS} is damaged: {error}. Get it again; a file "
+            "of a few hundred bytes may be Git LFS's note of where it is."
+        ) from None
     for key in sorted(expected.keys() | found.keys()):
         if expected.get(key) != found.get(key):
             raise InputError(

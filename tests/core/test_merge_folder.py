@@ -141,6 +141,7 @@ def test_what_cannot_be_merged_is_refused_in_one_message(
     refused("'model.layers.2.mlp.down_proj' is in the model only", "--base", tmp_path / "deeper")
     tiny_llama(hidden_size=64).save_pretrained(tmp_path / "wider")
     refused("does not fit the base model", "--base", tmp_path / "wider")
+    refused("does not fit the base model", modules_to_save=["lm_head"])
     lacking = tmp_path / "lacking"
     tiny_llama().save_pretrained(lacking)
     whole = load_file(lacking / "model.safetensors")

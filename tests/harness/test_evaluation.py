@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lora_one.errors import InputError
 from lora_one.evaluation.engines import TransformersEngine
+from lora_one.harness.config.given_adapter import read_adapter
 from lora_one.harness.config.published import translate
 from lora_one.harness.models.base import base_dtype, has_bf16
 from lora_one.harness.records.folder import run_id
@@ -235,7 +236,28 @@ def test_an_adapter_that_cannot_be_used_is_refused_before_anything_is_written(
     (adapter / "adapter_config.json").write_text(json.dumps(settings | {"peft_type": "IA3"}))
     with pytest.raises(InputError, match="a IA3 adapter; expected LORA"):
         run(small(f"evaluate.adapter={adapter}"))
+    (adapter / "adapter_config.json").write_text(json.dumps(settings | {"lora_alpha": "8"}))
+    with pytest.raises(InputError, match=r"PEFT cannot make an adapter .*\(TypeError"):
+        run(small(f"evaluate.adapter={adapter}"))
+    (adapter / "adapter_config.json").write_text(json.dumps(settings | {"task_type": ["x"]}))
+    with pytest.raises(InputError, match=r"has task_type=\['x'\]; expected a text"):
+        read_adapter(adapter)
+    (adapter / "adapter_config.json").write_bytes(b'{"peft_type": "\xff"}')
+    with pytest.raises(InputError, match=r"adapter_config\.json cannot be read"):
+        read_adapter(adapter)
+    (adapter / "adapter_config.json").write_text(json.dumps(settings))
+    (adapter / "adapter_model.safetensors").write_text("version https://git-lfs.github.com/spec/v1")
+    with pytest.raises(InputError, match=r"adapter_model\.safetensors is damaged"):
+        run(small(f"evaluate.adapter={adapter}"))
     assert not Path(small().output_dir).exists()
+
+
+def test_an_adapter_that_lacks_a_module_it_says_it_trained_is_refused(small, run, adapter):
+    settings = json.loads((adapter / "adapter_config.json").read_text())
+    settings["modules_to_save"] = ["lm_head"]
+    (adapter / "adapter_config.json").write_text(json.dumps(settings))
+    with pytest.raises(InputError, match=r"lacks .*lm_head.*modules_to_save"):
+        run(small(f"evaluate.adapter={adapter}"))
 
 
 class Killed(BaseException):

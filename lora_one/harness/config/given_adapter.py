@@ -54,6 +54,12 @@ def read_adapter(path: str | Path) -> GivenAdapter:
     try:
         settings = json.loads((folder / SETTINGS).read_text())
         kind, base = settings["peft_type"], settings.get("base_model_name_or_path")
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        task_type = settings.get("task_type")
+    except (ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"evaluate.adapter={path}: {SETTINGS} cannot be read: {error!r}") from None
-    return GivenAdapter(folder, base or None, kind, settings.get("task_type"))
+    for key, value in (("base_model_name_or_path", base), ("task_type", task_type)):
+        if not isinstance(value, str | None):
+            raise InputError(
+                f"evaluate.adapter={path}: {SETTINGS} has {key}={value!r}; expected a text."
+            )
+    return GivenAdapter(folder, base or None, kind, task_type)

@@ -7,6 +7,8 @@ from peft import PeftModel
 from transformers import PreTrainedModel
 
 import lora_one
+from lora_one.errors import InputError
+from lora_one.harness.config.given_adapter import SETTINGS, WEIGHTS
 from lora_one.harness.config.schema import Config
 from lora_one.harness.distributed.ranks import rank, world_size
 from lora_one.harness.models.base import attach_adapter, with_ranks
@@ -21,10 +23,20 @@ def initialise(config: Config, plan: Plan, base: PreTrainedModel) -> tuple[Any, 
 
     Returns:
         The model to train, and the init report as JSON-ready facts (what ``init.json`` holds).
+
+    Raises:
+        InputError: the adapter that is evaluated lacks a part that it says it has.
     """
     if plan.given is not None:
-        model = PeftModel.from_pretrained(base, plan.given.path, torch_device=str(base.device))
-        return model, {"method": "adapter", "summary": f"{plan.given.path}, as it is"}
+        path = plan.given.path
+        try:
+            model = PeftModel.from_pretrained(base, path, torch_device=str(base.device))
+        except KeyError as error:
+            raise InputError(
+                f"evaluate.adapter={path}: {WEIGHTS} lacks {error}, which {SETTINGS} says was "
+                "trained (modules_to_save)."
+            ) from error
+        return model, {"method": "adapter", "summary": f"{path}, as it is"}
     if plan.adapter is None:
         return base, {"method": "full_ft"}
     # Every rank takes its share of the rows; the library adds the shares up.
