@@ -164,6 +164,11 @@ def _load(adapter: StoredAdapter, name: str, revision: str | None) -> PreTrained
     except (OSError, ValueError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0]
         raise InputError(f"the base model {name} cannot be loaded: {reason}") from None
+    if getattr(model, "peft_config", None):
+        raise InputError(
+            f"beside the weights of the base model {name} lies another adapter "
+            "(adapter_config.json), which transformers puts on it: give --base without one."
+        )
     # What the adapter brings in full, such as a trained head, hubs' bases lack.
     brought = {key.removeprefix(PREFIX) for key in adapter.others}
     if missing := sorted(set(loaded["missing_keys"]) - brought):

@@ -1,6 +1,7 @@
 """Base and adapter become one folder that plain transformers reads, with the same logits."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -142,6 +143,9 @@ def test_what_cannot_be_merged_is_refused_in_one_message(
     tiny_llama(hidden_size=64).save_pretrained(tmp_path / "wider")
     refused("does not fit the base model", "--base", tmp_path / "wider")
     refused("does not fit the base model", modules_to_save=["lm_head"])
+    both = shutil.copytree(tmp_path / "base", tmp_path / "both")
+    shutil.copytree(adapter, both, dirs_exist_ok=True)
+    refused("lies another adapter", "--base", both)
     lacking = tmp_path / "lacking"
     tiny_llama().save_pretrained(lacking)
     whole = load_file(lacking / "model.safetensors")

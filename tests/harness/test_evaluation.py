@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -250,6 +251,15 @@ def test_an_adapter_that_cannot_be_used_is_refused_before_anything_is_written(
     with pytest.raises(InputError, match=r"adapter_model\.safetensors is damaged"):
         run(small(f"evaluate.adapter={adapter}"))
     assert not Path(small().output_dir).exists()
+
+
+def test_a_base_with_an_adapter_beside_it_is_refused(small, run, adapter, llama_folder, tmp_path):
+    both = shutil.copytree(llama_folder, tmp_path / "both")
+    shutil.copytree(adapter, both, dirs_exist_ok=True)
+    config = small(f"model.name={both}")
+    with pytest.raises(InputError, match="beside the weights lies an adapter"):
+        run(config)
+    assert not Path(config.output_dir).exists()
 
 
 def test_an_adapter_that_lacks_a_module_it_says_it_trained_is_refused(small, run, adapter):

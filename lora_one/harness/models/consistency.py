@@ -80,6 +80,8 @@ def require_whole(
 ) -> None:
     """Refuse a checkpoint that lacks weights, which transformers draws at random, or has others.
 
+    Those of an adapter that lies beside them too: transformers puts it on the model unasked.
+
     Args:
         loaded: The model, with or without its numbers.
         found: What ``from_pretrained`` says with ``output_loading_info=True``.
@@ -87,8 +89,14 @@ def require_whole(
         name: ``model.name``, for the message.
 
     Raises:
-        InputError: Tensors are missing, or of another shape.
+        InputError: Tensors are missing, of another shape, or an adapter's.
     """
+    if getattr(loaded, "peft_config", None):
+        raise InputError(
+            f"model.name={name}: beside the weights lies an adapter (adapter_config.json), which "
+            "transformers puts on the model. Give a folder without it; an adapter is evaluated "
+            "with evaluate.adapter=<folder>."
+        )
     missing = sorted(
         key for key in found["missing_keys"] if not (new_head and _in_head(key, loaded))
     )
