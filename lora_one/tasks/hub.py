@@ -86,7 +86,7 @@ def split_names(snapshot: Snapshot, config: str | None, split: str) -> list[str]
     declared = _declared(snapshot)
     if declared:
         patterns = _patterns(snapshot.repository, declared, config, split)
-        named = [pattern for pattern in patterns if not _is_glob(pattern)]
+        named = [pattern for pattern in patterns if not _is_glob(pattern) and _is_data(pattern)]
         names = _match(files if listed else sorted({*files, *named}), patterns)
     else:
         if config is not None:
@@ -118,7 +118,8 @@ def _is_glob(pattern: str) -> bool:
 
 def _is_data(name: str) -> bool:
     path = PurePosixPath(name)
-    hidden = any(part.startswith((".", "__")) for part in path.parts)
+    # Not outside the repository either: a README may name "../file" or "/file".
+    hidden = any(part.startswith((".", "__", "/")) for part in path.parts)
     return name.endswith(DATA_SUFFIXES) and path.name not in _NO_DATA and not hidden
 
 

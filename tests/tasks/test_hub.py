@@ -111,6 +111,22 @@ def test_without_a_listing_what_might_be_a_part_is_not_taken_for_all(hub, readme
             read_hub("some/data", None, "train", None)
 
 
+@pytest.mark.parametrize("listing", [True, False], ids=["listed", "without a listing"])
+@pytest.mark.parametrize("up", [False, True])
+def test_a_readme_that_names_a_file_of_this_machine_does_not_have_it_read(
+    hub, tmp_path, up, listing
+):
+    outside = tmp_path / "private.jsonl"
+    outside.write_bytes(_rows("private"))
+    named = f"{'../' * 30}{outside}".replace("//", "/") if up else str(outside)
+    readme = f"---\nconfigs:\n- config_name: default\n  data_files: {named}\n---\n"
+    Repository("dataset", "some/data", {"README.md": readme.encode()}).fill_cache(
+        hub, listing=listing
+    )
+    with pytest.raises(InputError, match="has no file for the split"):
+        read_hub("some/data", None, "train", None)
+
+
 def test_a_file_cut_short_is_noticed(hub, repository):
     snapshot = repository.fill_cache(hub)
     assert hub_cache_holds("openai/gsm8k", "main", "test")
