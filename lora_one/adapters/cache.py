@@ -30,6 +30,9 @@ from lora_one.gradients.tokens import Batch
 from lora_one.layers import AdaptedLayer
 from lora_one.sharding import own_part, reshard
 
+CHECKSUM = "sha256"
+"""Key in the stored report of the sum of the factors' file."""
+
 
 def fingerprint(
     peft_model: PeftModel,
@@ -67,12 +70,13 @@ def load_cached(
 ) -> InitReport | None:
     """Bring the model to the stored start and return its report, or None if there is none.
 
-    Another run may be storing it right now, so that some ranks see it already: then none uses it.
+    A start that is not as it was written is none. Another run may be storing it right now, so that
+    some ranks see it already: then none uses it.
     """
     state, report = _files(folder, key)
-    if not all(_of_all_ranks(state.is_file() and report.is_file())):
+    stored = _whole_report(state, report)
+    if not all(_of_all_ranks(stored is not None)):
         return None
-    stored = json.loads(report.read_text())
     stored["layers"] = [
         LayerReport(**{**layer, "shape": tuple(layer["shape"])}) for layer in stored["layers"]
     ]
@@ -84,7 +88,7 @@ def store(peft_model: PeftModel, folder: Path, key: str, report: InitReport) -> 
     """Keep the model's start and its report; the report comes last and makes it valid.
 
     Several processes may store the same start at once, also on several machines. One that finds
-    it there leaves it: another may be reading it.
+    it there, and whole, leaves it: another may be reading it.
     """
     if dist.is_available() and dist.is_initialized() and dist.get_rank() != 0:
         return
@@ -93,8 +97,8 @@ def store(peft_model: PeftModel, folder: Path, key: str, report: InitReport) -> 
     with tempfile.TemporaryDirectory(dir=folder, prefix=".") as own:
         new_state, new_report = Path(own) / state.name, Path(own) / report_file.name
         save_initial_state(peft_model, new_state, report.adapter_name)
-        new_report.write_text(json.dumps(report.to_dict()))
-        if not report_file.is_file():
+        new_report.write_text(json.dumps(report.to_dict() | {CHECKSUM: _sha256(new_state)}))
+        if _whole_report(state, report_file) is None:
             for new, file in ((new_state, state), (new_report, report_file)):
                 _sync(new)
                 new.replace(file)
@@ -131,6 +135,22 @@ def _of_all_ranks(value: Any) -> list[Any]:
     values: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(values, value)
     return values
+
+
+def _whole_report(state: Path, report: Path) -> dict[str, Any] | None:
+    """Return the report of a stored start; None where one of its files is missing or damaged."""
+    if not (state.is_file() and report.is_file()):
+        return None
+    try:
+        stored = json.loads(report.read_text())
+        return stored if stored.pop(CHECKSUM) == _sha256(state) else None
+    except (ValueError, KeyError):
+        return None
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def _sync(file: Path) -> None:

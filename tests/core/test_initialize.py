@@ -334,6 +334,17 @@ def test_a_cached_start_that_others_may_be_reading_is_not_replaced(tmp_path, lla
     next(file for file in files if file.suffix == ".json").unlink()
     assert not start(adapted(tiny_llama())).cached
     assert start(adapted(tiny_llama())).cached
+    # One whose numbers have changed is none, and neither is one whose report is no JSON.
+    weights = next(file for file in files if file.suffix == ".safetensors")
+    content = weights.read_bytes()
+    for file, damaged in (
+        (weights, content[:-1] + bytes([content[-1] ^ 1])),
+        (weights, content[:99]),
+        (weights.with_suffix(".json"), b"{"),
+    ):
+        file.write_bytes(damaged)
+        assert not start(adapted(tiny_llama())).cached
+        assert start(adapted(tiny_llama())).cached
 
 
 def test_a_start_that_does_not_fit_is_refused(tmp_path, llama, llama_batches):
