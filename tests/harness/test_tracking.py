@@ -13,10 +13,11 @@ from pathlib import Path
 
 import pytest
 
+from lora_one.errors import InputError
 from lora_one.harness import stages
 from lora_one.harness.records.record import RunRecord
 from lora_one.harness.tracking.follow import NEWS
-from lora_one.harness.tracking.mirror import wandb_id
+from lora_one.harness.tracking.mirror import read_settings, wandb_id
 from lora_one.harness.tracking.tracker import NoTracker, start_tracking
 
 from .wandb_files import read_run
@@ -211,6 +212,13 @@ def test_the_sync_script_says_what_is_wrong_with_its_input(tmp_path):
         assert (done.returncode, done.stdout) == (2, "")
         assert complaint in done.stderr
         assert "Traceback" not in done.stderr
+    for settings, complaint in {
+        "wandb: {": "config.yaml cannot be read",
+        "wandb: 5": "is not the configuration of a run",
+    }.items():
+        (tmp_path / "run" / "config.yaml").write_text(settings)
+        with pytest.raises(InputError, match=complaint):
+            read_settings(tmp_path / "run")
 
 
 def test_online_a_resumed_run_goes_on_under_its_id_without_repeating(config, server):

@@ -20,6 +20,7 @@ from urllib.parse import urlsplit
 from urllib.request import getproxies, proxy_bypass
 
 from omegaconf import OmegaConf
+from yaml import YAMLError
 
 from lora_one.errors import InputError
 from lora_one.harness.config.schema import WandbConfig
@@ -53,9 +54,9 @@ def read_settings(folder: Path) -> Settings:
     path = folder / "config.yaml"
     try:
         settings = OmegaConf.to_container(OmegaConf.load(path))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, YAMLError) as error:
         raise InputError(f"{path} cannot be read: {error}") from error
-    if not isinstance(settings, dict) or "wandb" not in settings:
+    if not isinstance(settings, dict) or not isinstance(settings.get("wandb"), dict):
         raise InputError(f"{path} is not the configuration of a run")
     return settings
 
