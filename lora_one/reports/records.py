@@ -156,7 +156,10 @@ def _defect(record: dict[str, Any], settings: dict[str, Any]) -> str | None:
 
 
 def _unreadable_setting(settings: dict[str, Any]) -> str | None:
-    """A trained run has an optimiser and a learning rate; the table has a column for each."""
+    """What the tables read: a trained run has an optimiser and a learning rate."""
+    samples = settings.get("evaluation.samples")
+    if samples is not None and not (isinstance(samples, int) and samples >= 1):
+        return "config.yaml gives no number above 0 as evaluation.samples"
     if not is_trained(settings):
         return None
     if not isinstance(settings.get("optimizer.name"), str):

@@ -54,6 +54,14 @@ def test_a_finished_record_that_lacks_something_is_not_counted(tmp_path, write_r
     assert summarise([run]).rows == []
 
 
+@pytest.mark.parametrize("samples", ["many", 0, [2]])
+def test_a_number_of_replies_that_is_none_is_not_divided_by(tmp_path, write_run, samples):
+    write_run(tmp_path, "a", settings={"evaluation.samples": samples})
+    (run,) = find_runs(tmp_path)
+    assert "evaluation.samples" in run.problem
+    assert summarise([run]).rows == []
+
+
 def test_a_score_that_is_not_a_number_is_not_counted(tmp_path, write_run):
     folder = write_run(tmp_path, "a", score=0.25)
     text = (folder / "run.json").read_text().replace("0.25", "NaN")
