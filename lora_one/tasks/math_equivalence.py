@@ -80,7 +80,8 @@ class _Worker:
             self._process = None
 
     def _start(self) -> None:
-        command = [sys.executable, "-m", "lora_one.tasks.math_worker", str(_MEMORY_BYTES)]
+        # -P: no module is taken from the folder that the user happens to be in.
+        command = [sys.executable, "-P", "-m", "lora_one.tasks.math_worker", str(_MEMORY_BYTES)]
         root = str(Path(__file__).resolve().parents[2])
         paths = [root, *filter(None, [os.environ.get("PYTHONPATH")])]
         self._process = subprocess.Popen(

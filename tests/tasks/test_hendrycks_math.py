@@ -195,6 +195,16 @@ def test_a_worker_that_hangs_or_dies_leaves_its_pair_undecided(equivalence, monk
     assert equivalence.compare([("2", "1+1")]) == ["equal"]
 
 
+def test_modules_in_the_folder_that_the_user_is_in_are_not_run(tmp_path, monkeypatch):
+    (tmp_path / "json.py").write_text("raise SystemExit('somebody else wrote this')")
+    monkeypatch.chdir(tmp_path)
+    equivalence = Equivalence(workers=1)
+    try:
+        assert equivalence.compare([("0.5", r"\frac{1}{2}")]) == ["equal"]
+    finally:
+        equivalence.close()
+
+
 def test_ranks_of_one_machine_share_its_cores(monkeypatch):
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(4)), raising=False)
     for ranks, workers in (("1", 4), ("2", 2), ("8", 1)):

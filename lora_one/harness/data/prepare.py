@@ -143,7 +143,7 @@ def _verify_offline(configs: Sequence[Config]) -> None:
         "PYTHONPATH": os.pathsep.join(paths),
     }
     done = subprocess.run(
-        [sys.executable, "-c", VERIFY],
+        [sys.executable, "-P", "-c", VERIFY],
         input="".join(f"{config.model_dump_json()}\n" for config in configs),
         env=environment,
         capture_output=True,

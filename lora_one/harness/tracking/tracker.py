@@ -66,6 +66,7 @@ class WandbTracker:
                 self.process = subprocess.Popen(
                     [
                         sys.executable,
+                        "-P",
                         "-m",
                         "lora_one.harness.tracking.follow",
                         str(self._folder),
