@@ -8,6 +8,7 @@ import math
 import os
 import re
 import shutil
+import sys
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,6 +36,14 @@ _OTHER_PRODUCTS = (
     "arrow_config",
     "monteclora_config",
 )
+_KINDS: dict[str, tuple[type, ...]] = {
+    "base_model_name_or_path": (str,),
+    "revision": (str,),
+    "task_type": (str,),
+    "target_modules": (str, list),
+    "modules_to_save": (list,),
+}
+_WORDS = {str: "a text", list: "a list"}
 UNCHECKED_BY_PEFT = (
     ArithmeticError,
     AttributeError,
@@ -117,8 +126,21 @@ class StoredAdapter:
 
     @property
     def origin(self) -> dict[str, Any] | None:
-        """How the adapter started, if ``export_adapter`` wrote it."""
-        return json.loads(self.header[ORIGIN]) if ORIGIN in self.header else None
+        """How the adapter started, if ``export_adapter`` wrote it.
+
+        Raises:
+            InputError: it is damaged.
+        """
+        if ORIGIN not in self.header:
+            return None
+        try:
+            origin = json.loads(self.header[ORIGIN])
+            return {**origin, "method": origin["method"], "version": origin["version"]}
+        except (ValueError, RecursionError, KeyError, TypeError) as error:
+            raise InputError(
+                f"{self.path}: what the header of {WEIGHTS} says under '{ORIGIN}' cannot be read: "
+                f"{error!r}"
+            ) from None
 
 
 def changes_base(init_lora_weights: bool | str) -> bool:
@@ -161,8 +183,12 @@ def _read_config(folder: Path) -> dict[str, Any]:
     try:
         config = json.loads(file.read_text())
         kind = config["peft_type"]
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, RecursionError, KeyError, TypeError) as error:
         raise InputError(f"{file} cannot be read as an adapter's settings: {error!r}") from None
+    for key, kinds in _KINDS.items():
+        if config.get(key) is not None and not isinstance(config[key], kinds):
+            expected = " or ".join(_WORDS[kind] for kind in kinds)
+            raise InputError(f"{file}: {key} must be {expected}, got {config[key]!r}.")
     if kind != "LORA":
         raise InputError(
             f"{folder} holds a {kind} adapter; expected LORA. lora_one.export_adapter writes a "
@@ -182,7 +208,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
                 f'{{"q_proj": 4}}, got {by_layer!r}.'
             )
         for name, value in ((key, config.get(key)), *by_layer.items()):
-            if not isinstance(value, int | float) or not math.isfinite(value):
+            if not isinstance(value, int | float) or not abs(value) <= sys.float_info.max:
                 where = key if name == key else f"'{name}' in {pattern}"
                 raise InputError(f"{file}: {where} must be a finite number, got {value!r}.")
     return config

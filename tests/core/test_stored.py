@@ -175,6 +175,9 @@ def test_what_is_no_stored_lora_is_refused_in_one_message(tmp_path, capsys):
         ({"peft_type": "IA3"}, "holds a IA3 adapter; expected LORA"),
         ({"r": "4"}, "r must be a finite number, got '4'"),
         ({"lora_alpha": float("nan")}, "lora_alpha must be a finite number, got nan"),
+        ({"lora_alpha": 10**400}, "lora_alpha must be a finite number, got 1000"),
+        ({"base_model_name_or_path": 5}, "base_model_name_or_path must be a text, got 5"),
+        ({"target_modules": 5}, "target_modules must be a text or a list, got 5"),
         ({"rank_pattern": [1]}, "rank_pattern must map layers to numbers"),
         ({"rank_pattern": {"x": "2"}}, "'x' in rank_pattern must be a finite number, got '2'"),
         ({"alpha_pattern": {"x": None}}, "'x' in alpha_pattern must be a finite number, got None"),
@@ -185,10 +188,13 @@ def test_what_is_no_stored_lora_is_refused_in_one_message(tmp_path, capsys):
         change_settings(path, **changes)
         inspect(message)
         (path / "adapter_config.json").write_text(json.dumps(config))
-    for text in ("{", "[]", "{}"):
+    for text in ("{", "[]", "{}", "[" * 10**5):
         (path / "adapter_config.json").write_text(text)
         inspect("cannot be read as an adapter's settings")
     (path / "adapter_config.json").write_text(json.dumps(config))
+    for origin in ("{", "[1]", "{}"):
+        save_file(tensors, weights, {"lora_one": origin})
+        inspect("says under 'lora_one' cannot be read")
 
     weights.write_bytes(whole[: len(whole) // 2])
     inspect("is damaged")
