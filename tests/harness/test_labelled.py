@@ -218,7 +218,7 @@ def test_a_fully_trained_classifier_is_saved_whole(settings, run, roberta_folder
     assert saved.config.id2label == {0: "entailment", 1: "not_entailment"}
 
 
-@pytest.mark.parametrize("pad", [None, 5])
+@pytest.mark.parametrize("pad", [None, -1, 5])
 def test_the_head_of_a_decoder_reads_the_last_token_of_every_row(
     settings, llama_folder, copy_of, pairs, pad
 ):

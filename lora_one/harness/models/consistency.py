@@ -44,13 +44,15 @@ def agree_on_padding(tokenizer: PreTrainedTokenizerBase, config: PretrainedConfi
     """Let a classifier know the id that its rows are padded with.
 
     The head of a decoder reads the last token of a row that is another. The model's own id goes
-    before the tokenizer's; where it has none, as Llama-2, GPT-2 and Qwen2.5, it is told that one.
+    before the tokenizer's; where it has none that is a token, as Llama-2, GPT-2 and Qwen2.5 (and
+    early Llama checkpoints, which have -1), it is told that one.
     """
     text = config.get_text_config()
-    if getattr(text, "pad_token_id", None) is None:
-        text.pad_token_id = padding_id(tokenizer)
+    own = getattr(text, "pad_token_id", None)
+    if own in tokenizer.get_vocab().values():
+        tokenizer.pad_token_id = own
     else:
-        tokenizer.pad_token_id = text.pad_token_id
+        text.pad_token_id = padding_id(tokenizer)
 
 
 def require_label_order(config: PretrainedConfig, task: type[Task], name: str) -> None:
