@@ -88,7 +88,8 @@ def _eagerly(modules: list[nn.Module]) -> AbstractContextManager[Any]:
     What is compiled also counts towards the limit at which PyTorch gives a function up, so that
     training would run uncompiled.
     """
-    compiled = any(module._compiled_call_impl is not None for module in modules)
+    # By module.compile() or, as a wrapper, by torch.compile(module).
+    compiled = any(m._compiled_call_impl is not None or hasattr(m, "_orig_mod") for m in modules)
     return torch.compiler.set_stance("force_eager") if compiled else nullcontext()
 
 

@@ -186,7 +186,8 @@ def test_a_start_is_computed_in_full_precision_under_autocast(
         assert torch.equal(a, b)
 
 
-def test_nothing_is_compiled_for_the_start_of_a_compiled_model(llama, llama_batches):
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_nothing_is_compiled_for_the_start_of_a_compiled_model(llama, llama_batches, wrapped):
     compiled = []
 
     def backend(graph, inputs):
@@ -194,7 +195,11 @@ def test_nothing_is_compiled_for_the_start_of_a_compiled_model(llama, llama_batc
         return graph.forward
 
     model = adapted(llama)
-    model.compile(backend=backend)
+    if wrapped:
+        layers = model.get_base_model().model.layers
+        layers[0] = torch.compile(layers[0], backend=backend)
+    else:
+        model.compile(backend=backend)
     report = lora_one.initialize(model, llama_batches, method="lora_one")
     assert report.layers and not report.warnings
     assert not compiled
