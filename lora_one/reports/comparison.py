@@ -1,24 +1,15 @@
-"""Methods side by side: what was tried, what was chosen, which differences are real.
+"""Methods side by side: which differences are real.
 
-A *block* holds what can be compared: the same test rows, model and metric. In a block, an *arm* is
-a method with an optimiser (and any other setting that varies and is not tuned); its settings are
-the points of its grid. Per arm one point is chosen by the lowest mean validation loss, so that the
-test metric chooses nothing; only where validation losses are missing does the metric itself
-choose, and then it is said.
-
-Where an arm has *trials*, runs that asked no test row, they are its grid, and its other runs at the
-chosen setting are its result.
-
-A setting at which training diverged was tried and has lost. Its runs are in no mean.
+A *block* holds what can be compared: the same test rows, model and metric. Its arms, each at the
+setting that was chosen for it (``arms``), are judged against the best of them.
 """
 
-import math
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
-from lora_one.harness.sweeps.tuning import TUNED
+from lora_one.reports.arms import TUNED_KEYS, Arm, choose, higher_is_better
+from lora_one.reports.caveats import caveats
 from lora_one.reports.figure import slug
 from lora_one.reports.groups import (
     FOLLOWS_METHOD,
@@ -27,68 +18,9 @@ from lora_one.reports.groups import (
     as_text,
     test_row_ids,
     varied_settings,
-    without_seeds,
 )
 from lora_one.reports.records import Run
-from lora_one.reports.statistics import Difference, mean, paired_difference, verdict
-
-Settings = dict[str, Any]
-LEARNING_RATE = TUNED["learning_rate"]
-# What a method or an optimiser is tuned over; everything else that varies makes another arm.
-TUNED_KEYS = tuple(TUNED.values())
-# Where a record says on what machine and by what code it was made.
-ORIGINS = (
-    ("processor", ("hardware", "processor")),
-    ("GPUs", ("hardware", "gpus")),
-    ("threads", ("hardware", "threads")),
-    ("commit", ("git", "commit")),
-    ("torch", ("versions", "torch")),
-    ("transformers", ("versions", "transformers")),
-)
-
-
-@dataclass(frozen=True)
-class Arm:
-    """One method with one optimiser, and the point of its grid that was chosen.
-
-    Attributes:
-        name: Short, unique in its block.
-        groups: All of its runs, at least one group.
-        tried: The points of its grid, trials where it has any.
-        diverged: How many further settings were tried, and all their runs diverged.
-        chosen: What represents the arm: the best point of the grid, of trials its final runs.
-        chosen_by: ``validation loss``, or the metric's name where there was no such loss.
-        grid: Tuned setting -> the values that were tried: numbers in order, then ``auto``.
-        at_edge: Tuned settings whose chosen value is the smallest or the largest tried.
-    """
-
-    name: str
-    groups: tuple[Group, ...]
-    tried: tuple[Group, ...]
-    diverged: int
-    chosen: Group
-    chosen_by: str
-    grid: dict[str, list[Any]]
-    at_edge: tuple[str, ...]
-
-    @property
-    def budget(self) -> int:
-        """How many settings were tried."""
-        return len(self.tried) + self.diverged
-
-    @property
-    def runs(self) -> int:
-        """Finished runs that went into the arm, all points and seeds."""
-        return sum(len(group.runs) for group in self.groups)
-
-    @property
-    def seconds(self) -> float:
-        """What start and training of all these runs cost together: tuning included."""
-        return sum(
-            init + train
-            for group in self.groups
-            for init, train in zip(group.init_seconds, group.train_seconds, strict=True)
-        )
+from lora_one.reports.statistics import Difference, mean_of, paired_difference, verdict
 
 
 @dataclass(frozen=True)
@@ -122,7 +54,7 @@ class Block:
         metric: The primary metric of the dataset.
         groups: All settings.
         rows: One per arm, the best first.
-        warnings: Unequal budgets, rates at the edge of a grid, points chosen on test rows.
+        warnings: What a reader of the rows should know, see ``caveats``.
     """
 
     title: str
@@ -135,11 +67,6 @@ class Block:
     def higher_is_better(self) -> bool:
         """Whether a larger metric is the better one."""
         return higher_is_better(self.metric)
-
-
-def higher_is_better(metric: str) -> bool:
-    """Losses and perplexities are to be low, every other metric high."""
-    return "loss" not in metric and "perplexity" not in metric
 
 
 def compare(groups: Sequence[Group], diverged: Sequence[Run] = ()) -> list[Block]:
@@ -196,7 +123,7 @@ def _block(groups: list[Group], diverged: Sequence[Run]) -> Block:
     arms: dict[str, list[Group]] = {}
     for group in groups:
         arms.setdefault(_arm_name(group, plain), []).append(group)
-    chosen = [_choose(name, members, diverged, metric) for name, members in arms.items()]
+    chosen = [choose(name, members, diverged, metric) for name, members in arms.items()]
     settings = groups[0].settings
     model = str(settings.get("model.name", "model")).rstrip("/").split("/")[-1]
     return Block(
@@ -204,11 +131,7 @@ def _block(groups: list[Group], diverged: Sequence[Run]) -> Block:
         metric=metric,
         groups=tuple(groups),
         rows=_judge(chosen, metric),
-        warnings=(
-            *_warnings(chosen, metric),
-            *_lost_seeds(chosen, diverged),
-            *_mixed_origins(chosen),
-        ),
+        warnings=caveats(chosen, metric, diverged),
     )
 
 
@@ -239,75 +162,6 @@ def _arm_name(group: Group, plain: Mapping[str, Mapping[tuple[str, str], str]]) 
     return " · ".join([*who, *extra])
 
 
-def _choose(name: str, groups: list[Group], diverged: Sequence[Run], metric: str) -> Arm:
-    tried = [group for group in groups if group.is_trial] or groups
-    losses = [mean_of(group.validation_losses) for group in tried]
-    scores = [mean_of(group.values(metric)) for group in tried]
-    places = range(len(tried))
-    if None not in losses:
-        # Of equal ones the smallest, as the search decides.
-        chosen = min(places, key=lambda place: (losses[place], _point(tried[place].settings)))
-        by = "validation loss"
-    elif None not in scores:
-        pick = max if higher_is_better(metric) else min
-        chosen, by = pick(places, key=lambda place: scores[place]), metric
-    else:
-        chosen, by = 0, "order"
-    best = tried[chosen]
-    trained = [group.settings for group in tried if group.is_trained]
-    lost = _lost_settings(trained, diverged)
-    grid: dict[str, list[Any]] = {}
-    for key in TUNED_KEYS:
-        values = {settings.get(key) for settings in [*trained, *lost]} - {None}
-        if values:
-            grid[key] = [*_numbers(values), *sorted(v for v in values if isinstance(v, str))]
-    at_edge = tuple(
-        key
-        for key, values in grid.items()
-        if len(numbers := _numbers(values)) > 1
-        and best.settings.get(key) in (numbers[0], numbers[-1])
-    )
-    result = _result(best, groups)
-    return Arm(name, tuple(groups), tuple(tried), len(lost), result, by, grid, at_edge)
-
-
-def _lost_settings(tried: Sequence[Settings], diverged: Sequence[Run]) -> list[Settings]:
-    """Return what else an arm tried: each setting of which no run came to its end."""
-    untuned = {as_text(without_seeds(one, TUNED_KEYS)) for one in tried}
-    points = {as_text(without_seeds(one)) for one in tried}
-    lost: dict[str, Settings] = {}
-    for run in diverged:
-        point = as_text(without_seeds(run.settings))
-        if as_text(without_seeds(run.settings, TUNED_KEYS)) in untuned and point not in points:
-            lost.setdefault(point, run.settings)
-    return list(lost.values())
-
-
-def _point(settings: Settings) -> list[float]:
-    """Return where a setting lies in the grid; behind all numbers where it has none."""
-    return [
-        value if isinstance(value := settings.get(key), int | float) else math.inf
-        for key in TUNED_KEYS
-    ]
-
-
-def _numbers(values: Iterable[Any]) -> list[float]:
-    return sorted(value for value in values if isinstance(value, int | float))
-
-
-def _result(best: Group, groups: Sequence[Group]) -> Group:
-    """Return the final runs at a trial's setting, if there are any; else the group itself."""
-    if not best.is_trial:
-        return best
-    setting = [best.settings.get(key) for key in TUNED_KEYS]
-    finals = [
-        group
-        for group in groups
-        if not group.is_trial and [group.settings.get(key) for key in TUNED_KEYS] == setting
-    ]
-    return finals[0] if finals else best
-
-
 def _judge(arms: list[Arm], metric: str) -> tuple[Row, ...]:
     higher = higher_is_better(metric)
     scored = {arm.name: mean_of(arm.chosen.values(metric)) for arm in arms}
@@ -331,80 +185,3 @@ def _rank(score: float | None, higher: bool) -> tuple[bool, float]:
     if score is None:
         return True, 0.0
     return False, -score if higher else score
-
-
-def _warnings(arms: list[Arm], metric: str) -> list[str]:
-    warnings = []
-    tried = {arm.name: arm.budget for arm in arms if arm.chosen.is_trained}
-    if len(set(tried.values())) > 1:
-        counts = ", ".join(f"{name}: {count}" for name, count in tried.items())
-        warnings.append(
-            f"unequal tuning budgets (settings that were trained to the end or diverged): {counts}"
-        )
-    edges = [
-        f"{arm.name} ({key.rpartition('.')[2]} {arm.chosen.settings[key]:g})"
-        for arm in arms
-        for key in arm.at_edge
-    ]
-    if edges:
-        warnings.append(
-            "chosen at the edge of the grid that was tried, so that a better one may lie outside: "
-            + ", ".join(edges)
-        )
-    flattered = [arm.name for arm in arms if len(arm.tried) > 1 and arm.chosen_by == metric]
-    if flattered:
-        warnings.append(
-            f"chosen by {metric} on the test rows themselves, which flatters (there is no "
-            f"validation loss): {', '.join(flattered)}"
-        )
-    # The loss of test rows leaves out those that are longer than model.max_length.
-    rows = {arm.name: arm.chosen.test_rows for arm in arms if arm.chosen.test_rows is not None}
-    if len(set(rows.values())) > 1:
-        counts = ", ".join(f"{name}: {count}" for name, count in rows.items())
-        warnings.append(f"{metric} was not taken over the same test rows: {counts}")
-    # Of untrained runs that gave the same replies one seed is left.
-    seeds = {arm.name: arm.chosen.by_seed(metric).keys() for arm in arms if arm.chosen.is_trained}
-    seeds = {name: known for name, known in seeds.items() if known}
-    if len(set(map(frozenset, seeds.values()))) > 1:
-        counts = ", ".join(f"{name}: {len(known)}" for name, known in seeds.items())
-        warnings.append(
-            f"means over different seeds ({counts}), which a difference is not: it is taken over "
-            "the seeds that both have"
-        )
-    if len(arms) > 2:
-        warnings.append(
-            f"the best of {len(arms)} rows is partly the luckiest: its lead over the others is "
-            "more likely too large than too small"
-        )
-    return warnings
-
-
-def _lost_seeds(arms: Sequence[Arm], diverged: Sequence[Run]) -> list[str]:
-    """Warn of means over those seeds only with which a setting did not diverge."""
-    lost = Counter(as_text(without_seeds(run.settings)) for run in diverged)
-    counts = {arm.name: lost[as_text(without_seeds(arm.chosen.settings))] for arm in arms}
-    words = ", ".join(f"{name}: {count}" for name, count in counts.items() if count)
-    return [f"runs at the chosen setting that diverged and are in no mean: {words}"] * bool(words)
-
-
-def _mixed_origins(arms: Sequence[Arm]) -> list[str]:
-    """Warn of rows that other machines or other code have made than the rest."""
-    runs = [run for arm in arms for run in arm.chosen.runs]
-    counts = {name: len({as_text(_origin(run, path)) for run in runs}) for name, path in ORIGINS}
-    words = ", ".join(f"{name} ({count})" for name, count in counts.items() if count > 1)
-    return [
-        f"the runs differ in more than their settings: {words}. Seconds and memory do not compare, "
-        "and other rounding moves a metric"
-    ] * bool(words)
-
-
-def _origin(run: Run, path: Sequence[str]) -> Any:
-    found = run.record.get("provenance")
-    for key in path:
-        found = found.get(key) if isinstance(found, dict) else None
-    return found
-
-
-def mean_of(values: Sequence[float | None]) -> float | None:
-    """Return the mean; None where a value is missing."""
-    return None if any(value is None for value in values) else mean(values)

@@ -2,11 +2,12 @@
 
 from collections.abc import Callable, Sequence
 
-from lora_one.reports.comparison import LEARNING_RATE, Arm, Block, mean_of
+from lora_one.reports.arms import LEARNING_RATE, Arm
+from lora_one.reports.comparison import Block
 from lora_one.reports.figure import Evidence, Figure, Series
 from lora_one.reports.groups import Group
 from lora_one.reports.layer_figures import layer_figures
-from lora_one.reports.statistics import mean, sd
+from lora_one.reports.statistics import mean, mean_of, sd
 from lora_one.reports.traces import Curve, Points, Trace, curve
 
 BUCKETS = 200

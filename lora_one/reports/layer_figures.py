@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from lora_one.harness.config.schema import GRADIENT_METHODS
-from lora_one.reports.comparison import Arm
+from lora_one.reports.arms import Arm
 from lora_one.reports.figure import Evidence, Figure, Series
 from lora_one.reports.records import Run
 from lora_one.reports.traces import Points, Trace, median_over_layers

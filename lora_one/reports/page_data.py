@@ -3,12 +3,13 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from lora_one.reports.comparison import LEARNING_RATE, Arm, Block, Row, mean_of
+from lora_one.reports.arms import LEARNING_RATE, Arm
+from lora_one.reports.comparison import Block, Row
 from lora_one.reports.figure import Figure, to_json
 from lora_one.reports.groups import Group
 from lora_one.reports.published import Number, as_printed, matching
 from lora_one.reports.records import Run, is_trained
-from lora_one.reports.statistics import RULE, mean, sd
+from lora_one.reports.statistics import RULE, mean, mean_of, sd
 from lora_one.reports.style import DARK, DASHES, LIGHT, colour_indices, hues
 from lora_one.reports.table import Results
 

@@ -39,6 +39,11 @@ def mean(values: Sequence[float]) -> float:
     return statistics.fmean(values)
 
 
+def mean_of(values: Sequence[float | None]) -> float | None:
+    """Return the mean; None where a value is missing."""
+    return None if any(value is None for value in values) else mean(values)
+
+
 def sd(values: Sequence[float]) -> float | None:
     """Return ``sqrt(sum (x - mean)^2 / (n - 1))``; None for fewer than two values."""
     return None if len(values) < 2 else statistics.stdev(values)

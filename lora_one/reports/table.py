@@ -11,10 +11,11 @@ from rich.table import Table
 from rich.text import Text
 
 from lora_one.harness.console import make_console
-from lora_one.reports.comparison import compare, higher_is_better, mean_of
+from lora_one.reports.arms import higher_is_better
+from lora_one.reports.comparison import compare
 from lora_one.reports.groups import Group, group_runs, seed_key, varied_settings
 from lora_one.reports.records import Run
-from lora_one.reports.statistics import mean, paired_difference, sd
+from lora_one.reports.statistics import mean, mean_of, paired_difference, sd
 
 BEST, TIE = "best", "tie"
 TIE_MARK = "≈"
