@@ -12,7 +12,7 @@ A setting at which training diverged was tried and has lost. Its runs are in no 
 """
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +22,8 @@ from lora_one.reports.records import Run
 from lora_one.reports.statistics import mean_of
 
 Settings = dict[str, Any]
+Lost = Mapping[str, Sequence[Run]]
+"""Runs that diverged, by ``untuned``."""
 LEARNING_RATE = TUNED["learning_rate"]
 # What a method or an optimiser is tuned over; everything else that varies makes another arm.
 TUNED_KEYS = tuple(TUNED.values())
@@ -76,13 +78,26 @@ def higher_is_better(metric: str) -> bool:
     return "loss" not in metric and "perplexity" not in metric
 
 
-def choose(name: str, groups: Sequence[Group], diverged: Sequence[Run], metric: str) -> Arm:
+def untuned(settings: Settings) -> str:
+    """Return all that is neither a seed nor tuned; equal for runs of one arm."""
+    return as_text(without_seeds(settings, TUNED_KEYS))
+
+
+def by_arm(diverged: Sequence[Run]) -> Lost:
+    """Sort runs that diverged, so that each arm finds its own without looking at all."""
+    lost: dict[str, list[Run]] = {}
+    for run in diverged:
+        lost.setdefault(untuned(run.settings), []).append(run)
+    return lost
+
+
+def choose(name: str, groups: Sequence[Group], lost: Lost, metric: str) -> Arm:
     """Choose what represents an arm.
 
     Args:
         name: Of the arm.
         groups: All of its runs, at least one group.
-        diverged: Runs of any arm that ended because a number was not finite.
+        lost: Runs of any arm that ended because a number was not finite.
         metric: What chooses where there is no validation loss.
     """
     tried = [group for group in groups if group.is_trial] or groups
@@ -100,10 +115,10 @@ def choose(name: str, groups: Sequence[Group], diverged: Sequence[Run], metric: 
         chosen, by = 0, "order"
     best = tried[chosen]
     trained = [group.settings for group in tried if group.is_trained]
-    lost = _lost_settings(trained, diverged)
+    diverged = _lost_settings(trained, lost)
     grid: dict[str, list[Any]] = {}
     for key in TUNED_KEYS:
-        values = {settings.get(key) for settings in [*trained, *lost]} - {None}
+        values = {settings.get(key) for settings in [*trained, *diverged]} - {None}
         if values:
             grid[key] = [*_numbers(values), *sorted(v for v in values if isinstance(v, str))]
     at_edge = tuple(
@@ -113,19 +128,15 @@ def choose(name: str, groups: Sequence[Group], diverged: Sequence[Run], metric: 
         and best.settings.get(key) in (numbers[0], numbers[-1])
     )
     result = _result(best, groups)
-    return Arm(name, tuple(groups), tuple(tried), len(lost), result, by, grid, at_edge)
+    return Arm(name, tuple(groups), tuple(tried), len(diverged), result, by, grid, at_edge)
 
 
-def _lost_settings(tried: Sequence[Settings], diverged: Sequence[Run]) -> list[Settings]:
+def _lost_settings(tried: Sequence[Settings], lost: Lost) -> list[Settings]:
     """Return what else an arm tried: each setting of which no run came to its end."""
-    untuned = {as_text(without_seeds(one, TUNED_KEYS)) for one in tried}
-    points = {as_text(without_seeds(one)) for one in tried}
-    lost: dict[str, Settings] = {}
-    for run in diverged:
-        point = as_text(without_seeds(run.settings))
-        if as_text(without_seeds(run.settings, TUNED_KEYS)) in untuned and point not in points:
-            lost.setdefault(point, run.settings)
-    return list(lost.values())
+    own = [run.settings for key in {untuned(one) for one in tried} for run in lost.get(key, ())]
+    points = {as_text(without_seeds(one)): one for one in own}
+    ended = {as_text(without_seeds(one)) for one in tried}
+    return [settings for point, settings in points.items() if point not in ended]
 
 
 def _point(settings: Settings) -> list[float]:

@@ -1,10 +1,9 @@
 """What a reader of a comparison should know before believing its differences."""
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from lora_one.reports.arms import Arm
+from lora_one.reports.arms import Arm, Lost, untuned
 from lora_one.reports.groups import as_text, without_seeds
 from lora_one.reports.records import Run
 
@@ -19,13 +18,13 @@ ORIGINS = (
 )
 
 
-def caveats(arms: Sequence[Arm], metric: str, diverged: Sequence[Run]) -> tuple[str, ...]:
+def caveats(arms: Sequence[Arm], metric: str, lost: Lost) -> tuple[str, ...]:
     """Return the warnings that a block's rows need.
 
     Args:
         arms: Of the block.
         metric: By which they are judged.
-        diverged: Runs that ended because a number was not finite.
+        lost: Runs that ended because a number was not finite.
     """
     found = (
         _unequal_budgets(arms),
@@ -34,7 +33,7 @@ def caveats(arms: Sequence[Arm], metric: str, diverged: Sequence[Run]) -> tuple[
         _other_rows(arms, metric),
         _other_seeds(arms, metric),
         _luck(arms),
-        _lost_seeds(arms, diverged),
+        _lost_seeds(arms, lost),
         _mixed_origins(arms),
     )
     return tuple(warning for warning in found if warning is not None)
@@ -103,11 +102,14 @@ def _luck(arms: Sequence[Arm]) -> str | None:
     )
 
 
-def _lost_seeds(arms: Sequence[Arm], diverged: Sequence[Run]) -> str | None:
+def _lost_seeds(arms: Sequence[Arm], lost: Lost) -> str | None:
     """Warn of means over those seeds only with which a setting did not diverge."""
-    lost = Counter(as_text(without_seeds(run.settings)) for run in diverged)
-    counts = {arm.name: lost[as_text(without_seeds(arm.chosen.settings))] for arm in arms}
-    counts = {name: count for name, count in counts.items() if count}
+    counts = {}
+    for arm in arms:
+        chosen = without_seeds(arm.chosen.settings)
+        own = lost.get(untuned(arm.chosen.settings), ())
+        if count := sum(without_seeds(run.settings) == chosen for run in own):
+            counts[arm.name] = count
     if not counts:
         return None
     return f"runs at the chosen setting that diverged and are in no mean: {_counts(counts)}"

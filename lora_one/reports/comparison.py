@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from lora_one.reports.arms import TUNED_KEYS, Arm, choose, higher_is_better
+from lora_one.reports.arms import TUNED_KEYS, Arm, Lost, by_arm, choose, higher_is_better
 from lora_one.reports.caveats import caveats
 from lora_one.reports.figure import slug
 from lora_one.reports.groups import (
@@ -86,7 +86,8 @@ def compare(groups: Sequence[Group], diverged: Sequence[Run] = ()) -> list[Block
             blocks.setdefault((_subject(group), group.primary_metric), [])
     for (subject, _), members in blocks.items():
         members += [group for group in groups if group.is_trial and _subject(group) == subject]
-    return _told_apart([_block(members, diverged) for members in blocks.values()])
+    lost = by_arm(diverged)
+    return _told_apart([_block(members, lost) for members in blocks.values()])
 
 
 def _subject(group: Group) -> str:
@@ -116,14 +117,14 @@ def _told_apart(blocks: list[Block]) -> list[Block]:
     return blocks
 
 
-def _block(groups: list[Group], diverged: Sequence[Run]) -> Block:
+def _block(groups: list[Group], lost: Lost) -> Block:
     metric = groups[0].primary_metric  # the first is a trial only where all are
     distinguishing = [key for key in varied_settings(groups) if key not in TUNED_KEYS]
     plain = {key: _plain_values(groups, key) for key in distinguishing}
     arms: dict[str, list[Group]] = {}
     for group in groups:
         arms.setdefault(_arm_name(group, plain), []).append(group)
-    chosen = [choose(name, members, diverged, metric) for name, members in arms.items()]
+    chosen = [choose(name, members, lost, metric) for name, members in arms.items()]
     settings = groups[0].settings
     model = str(settings.get("model.name", "model")).rstrip("/").split("/")[-1]
     return Block(
@@ -131,7 +132,7 @@ def _block(groups: list[Group], diverged: Sequence[Run]) -> Block:
         metric=metric,
         groups=tuple(groups),
         rows=_judge(chosen, metric),
-        warnings=caveats(chosen, metric, diverged),
+        warnings=caveats(chosen, metric, lost),
     )
 
 
