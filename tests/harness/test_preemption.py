@@ -194,14 +194,15 @@ def test_two_ranks_stop_at_the_same_step_when_one_is_asked(
 def slurm(tmp_path, monkeypatch):
     """Stand in for SLURM's commands: squeue says the end, scontrol writes down what it is told."""
     for name, line in {
-        "squeue": f"cat {tmp_path}/end",
+        "squeue": f'echo "$@" > {tmp_path}/asked; cat {tmp_path}/end',
         "scontrol": f'echo "$@" >> {tmp_path}/told; test -z "$REFUSED" || (echo no >&2; exit 1)',
     }.items():
         (tmp_path / name).write_text(f"#!/bin/sh\n{line}\n")
         (tmp_path / name).chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     monkeypatch.setenv("SLURM_JOB_ID", "7")
-    for name in ("SLURM_JOB_END_TIME", "SLURM_RESTART_COUNT", "LORA_ONE_SWEEP"):
+    others = ("SLURM_JOB_END_TIME", "SLURM_RESTART_COUNT", "SLURM_ARRAY_JOB_ID", "LORA_ONE_SWEEP")
+    for name in others:
         monkeypatch.delenv(name, raising=False)
 
     def ends_in(seconds: float) -> None:
@@ -260,6 +261,15 @@ def test_a_preempted_job_is_requeued_a_bounded_number_of_times(
     preempt()
     assert told(tmp_path) == "requeue 7\n"
     assert "requeued 2 times" in capsys.readouterr().out
+
+
+def test_the_last_task_of_an_array_does_not_speak_for_the_array(slurm, tmp_path, monkeypatch):
+    monkeypatch.setenv("SLURM_ARRAY_JOB_ID", "7")
+    monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "2")
+    preempt()
+    assert told(tmp_path) == "requeue 7_2\n"
+    assert time_limit.ask_for_end() is not None
+    assert "--jobs 7_2 " in (tmp_path / "asked").read_text()
 
 
 def test_who_must_not_requeue_does_not(slurm, tmp_path, monkeypatch):

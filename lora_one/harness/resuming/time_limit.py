@@ -35,7 +35,7 @@ def wait_until_close(margin_seconds: float, over: threading.Event) -> bool:
 
 def ask_for_end() -> float | None:
     """Ask SLURM when this job ends, in seconds since 1970; None where it does not say."""
-    command = ["squeue", "--noheader", "--jobs", os.environ["SLURM_JOB_ID"], "--format", "%e"]
+    command = ["squeue", "--noheader", "--jobs", _this_job(), "--format", "%e"]
     try:
         answer = subprocess.run(
             command, capture_output=True, text=True, check=True, timeout=PATIENCE
@@ -44,6 +44,16 @@ def ask_for_end() -> float | None:
         return datetime.fromisoformat(answer.stdout.strip()).timestamp()
     except (OSError, subprocess.SubprocessError, ValueError):
         return None
+
+
+def _this_job() -> str:
+    """Name this job, and no other, to SLURM's commands.
+
+    The last task of an array has the number of the array, which stands for all of its tasks.
+    """
+    job = os.environ["SLURM_JOB_ID"]
+    is_array = job == os.environ.get("SLURM_ARRAY_JOB_ID")
+    return f"{job}_{os.environ['SLURM_ARRAY_TASK_ID']}" if is_array else job
 
 
 def _end_in_environment() -> float | None:
@@ -70,7 +80,7 @@ def _is_topmost() -> bool:
 
 
 def _requeue(limit: int) -> None:
-    job, restarts = os.environ["SLURM_JOB_ID"], int(os.environ.get("SLURM_RESTART_COUNT", "0"))
+    job, restarts = _this_job(), int(os.environ.get("SLURM_RESTART_COUNT", "0"))
     if restarts >= limit:
         say(
             f"warning: job {job} was requeued {restarts} times, preemption.max_requeues={limit}; "
