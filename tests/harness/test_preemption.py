@@ -236,6 +236,14 @@ def test_a_limit_that_was_raised_is_heeded(slurm, monkeypatch):
     assert not time_limit.wait_until_close(5, over)
 
 
+def test_a_job_that_is_over_limits_nobody(slurm, tmp_path, monkeypatch):
+    monkeypatch.setenv("SLURM_JOB_END_TIME", str(int(time.time()) - 3600))
+    (tmp_path / "end").write_text("slurm_load_jobs error: Invalid job id specified")
+    over = threading.Event()
+    threading.Timer(0.2, over.set).start()
+    assert not time_limit.wait_until_close(5, over)
+
+
 @pytest.mark.parametrize("answer", ["N/A", "", "slurm_load_jobs error"])
 def test_a_limit_that_slurm_does_not_say_is_none(slurm, tmp_path, answer):
     (tmp_path / "end").write_text(answer)

@@ -58,7 +58,8 @@ def _this_job() -> str:
 
 def _end_in_environment() -> float | None:
     given = os.environ.get("SLURM_JOB_END_TIME", "")
-    return float(given) if given.isdecimal() else None
+    # A shell that has outlived its job keeps the job's variables.
+    return float(given) if given.isdecimal() and float(given) > time.time() else None
 
 
 @contextmanager
