@@ -96,6 +96,24 @@ def test_several_ranks_may_not_submit_the_same_jobs(compose, monkeypatch):
         submission.submit([Point((), compose("launcher=slurm_1gpu"))], "run_exp.py", False)
 
 
+def test_a_job_that_is_submitted_from_within_a_job_takes_nothing_over(small, monkeypatch, tmp_path):
+    config = small("launcher=slurm_1gpu", "launcher.wait=false")
+    sbatch = tmp_path / "sbatch"
+    sbatch.write_text(f"#!/bin/sh\nenv > {tmp_path}/env\necho Submitted batch job 5\n")
+    sbatch.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    job = {"SLURM_JOB_ID": "4", "SLURM_MEM_PER_CPU": "500", "SLURM_RESTART_COUNT": "3"}
+    kept = {"SLURM_CONF": "/conf", "SBATCH_ACCOUNT": "me", "SLURMX": "x"}
+    for name, value in (job | kept).items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(submission, "take_snapshot", lambda program, _: program)
+    assert submission.submit([Point((), config)], str(ROOT / "run_exp.py"), False) == DONE
+    seen = dict(line.split("=", 1) for line in (tmp_path / "env").read_text().splitlines())
+    assert not job.keys() & seen.keys()
+    assert kept.items() <= seen.items()
+    assert job.items() <= os.environ.items()
+
+
 @pytest.fixture
 def checkout(tmp_path):
     """A small repository of the project's shape, with a file that git ignores."""

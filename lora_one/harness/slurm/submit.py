@@ -38,6 +38,8 @@ from lora_one.harness.sweeps.files import SweepFiles
 
 # In the folder of a submission: run id -> job, so that the same command finds its jobs again.
 JOBS = "jobs.json"
+# Of the variables that SLURM sets in a job, or a user before it: those that lead to SLURM.
+WAYS_TO_SLURM = {"SLURM_CONF", "SLURM_CLUSTERS", "SLURM_JWT"}
 
 
 @dataclass(frozen=True)
@@ -209,7 +211,7 @@ def _hand_over(order: Order, program: Path, group: str | None) -> list[Task]:
         commands = [[*python, *_alone(point, group)] for point in order.points.values()]
         try:
             # submitit prints what sbatch says before it raises it.
-            with contextlib.redirect_stderr(io.StringIO()):
+            with contextlib.redirect_stderr(io.StringIO()), _outside_of_jobs():
                 jobs = executor.map_array(os.execv, [sys.executable] * len(commands), commands)
         except (FailedJobError, FailedSubmissionError) as error:
             raise InputError(f"SLURM refused the jobs: {_message(str(error))}") from error
@@ -232,6 +234,21 @@ def _alone(point: Point, group: str | None) -> list[str]:
     if group is not None and point.config.wandb.group is None:
         kept.append(f"wandb.group='{group}'")
     return [*kept, "launcher=local"]
+
+
+@contextlib.contextmanager
+def _outside_of_jobs() -> Iterator[None]:
+    """Hide the job in which the command is given: sbatch hands its memory and counts on."""
+    inside = "SLURM_JOB_ID" in os.environ
+    job = {
+        name: os.environ.pop(name)
+        for name in list(os.environ)
+        if inside and name.startswith("SLURM_") and name not in WAYS_TO_SLURM
+    }
+    try:
+        yield
+    finally:
+        os.environ.update(job)
 
 
 @contextlib.contextmanager
