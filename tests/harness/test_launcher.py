@@ -114,6 +114,19 @@ def test_a_job_that_is_submitted_from_within_a_job_takes_nothing_over(small, mon
     assert job.items() <= os.environ.items()
 
 
+def test_a_dry_run_lets_slurm_judge_the_array_too(compose, monkeypatch, tmp_path):
+    refusal = "allocation failure: Invalid job array specification"
+    sbatch = tmp_path / "sbatch"
+    sbatch.write_text(f'#!/bin/sh\ncase "$*" in *--array=0-1*) echo {refusal} >&2; exit 1;; esac\n')
+    sbatch.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    common = ["launcher=slurm_1gpu", f"output_dir={tmp_path}/results"]
+    points = [Point((), compose(*common, f"seed={seed}")) for seed in (0, 1)]
+    submission.show_order(points[:1])
+    with pytest.raises(InputError, match=f"{refusal}. One command is one job array"):
+        submission.show_order(points)
+
+
 @pytest.fixture
 def checkout(tmp_path):
     """A small repository of the project's shape, with a file that git ignores."""

@@ -180,8 +180,9 @@ def show_order(points: Sequence[Point]) -> None:
     if shutil.which("sbatch") is None:
         say("  not checked: there is no sbatch on this machine")
         return
+    array = [f"--array=0-{jobs - 1}"] if jobs > 1 else []
     answer = subprocess.run(
-        ["sbatch", "--test-only", *flags, "--wrap=true"],
+        ["sbatch", "--test-only", *flags, *array, "--wrap=true"],
         capture_output=True,
         text=True,
         check=False,
@@ -281,4 +282,10 @@ def _nothing_left_behind(output_dir: Path, program: Path) -> Iterator[Path]:
 def _message(text: str) -> str:
     """Join the lines that sbatch printed, without its own name in front."""
     lines = [line.removeprefix("sbatch: ").removeprefix("error: ") for line in text.splitlines()]
-    return "; ".join(line.strip().rstrip(".") for line in lines if line.strip()) + "."
+    message = "; ".join(line.strip().rstrip(".") for line in lines if line.strip()) + "."
+    if "Invalid job array specification" in message:
+        message += (
+            " One command is one job array, of at most MaxArraySize points (scontrol show config): "
+            "give fewer seeds or values at a time."
+        )
+    return message
