@@ -1,6 +1,7 @@
 """``Toy_Experiments.ipynb`` is executed, small, free of algorithms, and runs without a network."""
 
 import ast
+import inspect
 import json
 import os
 import subprocess
@@ -9,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from lora_one.theory.digits import fine_tune
+from lora_one.theory.linear import GAMMAS, RATES
 from lora_one.theory.sizes import FULL, SIZE_VARIABLE, SMALL, sizes
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -64,6 +67,14 @@ def test_every_picture_has_its_statement_and_what_to_see():
             assert "**Statement.**" in source(before)
             assert "**What to see.**" in source(before)
             assert "parameters(" in source(cell)
+
+
+def test_the_text_counts_what_the_methods_choose_from():
+    text = "".join(source(cell) for cell in cells())
+    rates = inspect.signature(fine_tune).parameters["rates"].default
+    assert (len(RATES), len(GAMMAS), len(rates)) == (6, 6, 4)
+    for words in ("(of six)", "the best of six sizes γ", "each method at its best rate of four"):
+        assert words in text
 
 
 def test_sizes_name_the_same_experiments(monkeypatch):

@@ -14,9 +14,16 @@ from lora_one.theory.linear import (
     one_step,
     rank_sweep,
     squared_cosine,
+    tuned,
 )
 from lora_one.theory.nonlinear import convergence, sample_sizes
-from lora_one.theory.problems import linear_problem, negative_gradient, spectrum
+from lora_one.theory.problems import (
+    linear_problem,
+    negative_gradient,
+    relu_problem,
+    spectrum,
+    two_layer_problem,
+)
 from lora_one.theory.starts import library_start, spectral_start
 
 
@@ -134,8 +141,28 @@ def test_relu_alignment_improves_with_the_root_of_the_samples():
     # Sixteen times the rows: a quarter of the error, give or take a third.
     for side in ("left", "right"):
         assert 2.7 < errors["ReLU", 512, side] / errors["ReLU", 8192, side] < 6
-    # A head C turns the output side by C Cᵀ, however many rows there are.
+    # A head C turns the output side, however many rows there are.
     assert errors["two layers", 8192, "right"] > 0.7 * errors["two layers", 512, "right"]
+
+
+def test_under_a_head_the_gradient_is_a_quarter_of_delta_times_what_the_head_mixes():
+    """``G ≈ ¼ Δ (C Cᵀ + diag(C Cᵀ))``: P(two neurons active) ≈ ¼, P(one active) = ½."""
+    relu = relu_problem(32, 24, spectrum(3, 1.0), samples=30_000, signal=0.1, seed=0)
+    problem = two_layer_problem(relu, 24, seed=0)
+    mixed = problem.C @ problem.C.T
+    told = problem.Delta @ (mixed + mixed.diagonal().diag()) / 4
+    # What is left: neurons are not orthogonal, and (x·w)² is not independent of their activity.
+    assert (negative_gradient(problem) - told).norm() < 0.15 * told.norm()
+
+
+def test_lora_ga_is_left_with_an_error_in_proportion_to_what_it_subtracts():
+    problem = linear_problem(24, 16, spectrum(3, 2.0), samples=200, seed=0)
+    ends = [
+        tuned(problem, {gamma: library_start(problem, "lora_ga", 3, gamma=gamma)}, 400, every=400)
+        for gamma in (256.0, 1024.0)
+    ]
+    first, second = (float(end.trace["error"][-1]) for end in ends)
+    assert first / second == pytest.approx(4, rel=0.1)
 
 
 def test_a_crossing_is_interpolated_in_the_logarithm():
