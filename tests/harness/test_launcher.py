@@ -190,6 +190,7 @@ RUN_ENDS = [
     ("FAILED", FAILED, None, FAILED, "failed (FAILED)"),
     ("FAILED", BAD_INPUT, None, BAD_INPUT, "bad input (FAILED)"),
     ("FAILED", TRY_AGAIN, "preempted", TRY_AGAIN, "preempted (FAILED)"),
+    ("FAILED", TRY_AGAIN, "running", TRY_AGAIN, "left to another process (FAILED)"),
     # What stands there is of an earlier attempt: this one failed before it could write.
     ("FAILED", FAILED, "preempted", FAILED, "failed (FAILED)"),
     ("OUT_OF_MEMORY", None, "running", FAILED, "failed (OUT_OF_MEMORY)"),

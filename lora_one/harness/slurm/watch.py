@@ -121,6 +121,8 @@ def _explain(task: Task, job: Job | None) -> int:
         word = "bad input"
     elif job is not None and job.state == "CANCELLED":
         word, status = "cancelled", TRY_AGAIN
+    elif status == TRY_AGAIN and record.get("status") == "running":
+        word = "left to another process"
     elif status == TRY_AGAIN or (status is None and record.get("status") == "preempted"):
         word, status = "preempted", TRY_AGAIN
     else:
