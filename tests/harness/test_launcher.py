@@ -26,6 +26,9 @@ BAD = {
     "launcher=slurm_1gpu launcher.partitio=gpu": "Did you mean 'partition'?",
     "launcher=slurm_node launcher.tasks_per_node=2": "every task is one rank with one GPU",
     "launcher=slurm_1gpu launcher.timeout_min=5": "signal_delay_s=300 is as long as the job",
+    "launcher=slurm_1gpu launcher.timeout_min=2 launcher.signal_delay_s=10": (
+        "preemption.margin_seconds=120 is as long as the job"
+    ),
     "launcher=slurm_1gpu launcher.timeout_min=0": "expected greater than 0",
     "launcher=slurm_1gpu launcher.additional.time=5": "give launcher.timeout_min.",
     "launcher=slurm_1gpu launcher.additional.array=0-3": "the points decide it",

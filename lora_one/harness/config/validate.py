@@ -147,7 +147,7 @@ def _check_consistency(config: Config) -> None:
     _check_diagnostics(config)
     _check_comparison(config)
     if config.launcher.name == "slurm":
-        check_launcher(config.launcher)
+        check_launcher(config.launcher, config.preemption.margin_seconds)
 
 
 def _check_allocation(config: Config) -> None:

@@ -37,8 +37,8 @@ SETTLED = {
 }
 
 
-def check_launcher(launcher: SlurmLauncher) -> None:
-    """Check the settings of a SLURM launcher against each other.
+def check_launcher(launcher: SlurmLauncher, margin_seconds: float) -> None:
+    """Check the settings of a SLURM launcher against each other and ``preemption``'s margin.
 
     Raises:
         InputError: the first pair of settings that contradict each other.
@@ -49,12 +49,16 @@ def check_launcher(launcher: SlurmLauncher) -> None:
             f"launcher.tasks_per_node={tasks} with launcher.gpus_per_node={gpus}: every task is "
             f"one rank with one GPU. Give launcher.tasks_per_node={gpus}, or leave it out."
         )
-    if launcher.signal_delay_s >= 60 * launcher.timeout_min:
-        raise InputError(
-            f"launcher.signal_delay_s={launcher.signal_delay_s} is as long as the job: "
-            f"launcher.timeout_min={launcher.timeout_min} is {60 * launcher.timeout_min} s. Give a "
-            "shorter delay or a longer limit."
-        )
+    for key, delay in (
+        ("launcher.signal_delay_s", launcher.signal_delay_s),
+        ("preemption.margin_seconds", margin_seconds),
+    ):
+        if delay >= 60 * launcher.timeout_min:
+            raise InputError(
+                f"{key}={delay:g} is as long as the job: "
+                f"launcher.timeout_min={launcher.timeout_min} is {60 * launcher.timeout_min} s, so "
+                "that it would stop at its start. Give a shorter delay or a longer limit."
+            )
     for given in launcher.additional:
         option = given.replace("_", "-")
         if option in OWN_KEYS:
