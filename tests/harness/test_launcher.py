@@ -99,7 +99,9 @@ def test_several_ranks_may_not_submit_the_same_jobs(compose, monkeypatch):
         submission.submit([Point((), compose("launcher=slurm_1gpu"))], "run_exp.py", False)
 
 
-def test_a_job_that_is_submitted_from_within_a_job_takes_nothing_over(small, monkeypatch, tmp_path):
+def test_a_job_has_the_options_of_its_launcher_and_nothing_of_a_job_around_it(
+    small, monkeypatch, tmp_path
+):
     config = small("launcher=slurm_1gpu", "launcher.wait=false")
     sbatch = tmp_path / "sbatch"
     sbatch.write_text(f"#!/bin/sh\nenv > {tmp_path}/env\necho Submitted batch job 5\n")
@@ -111,6 +113,10 @@ def test_a_job_that_is_submitted_from_within_a_job_takes_nothing_over(small, mon
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(submission, "take_snapshot", lambda program, _: program)
     assert submission.submit([Point((), config)], str(ROOT / "run_exp.py"), False) == DONE
+    (script,) = Path(config.output_dir).glob("slurm/*/5_submission.sh")
+    asked = re.findall("^#SBATCH (--[a-z-]+)", script.read_text(), flags=re.MULTILINE)
+    known = {f"--{name}" for name in sbatch_options(config.launcher)}
+    assert set(asked) == known | {"--output", "--error", "--open-mode"}
     seen = dict(line.split("=", 1) for line in (tmp_path / "env").read_text().splitlines())
     assert not job.keys() & seen.keys()
     assert kept.items() <= seen.items()

@@ -198,6 +198,8 @@ def _hand_over(order: Order, program: Path, group: str | None) -> list[Task]:
         program = take_snapshot(program, order.output_dir / "snapshots")
         executor = SlurmExecutor(logs)
         executor.update_parameters(
+            # submitit sets its own name, which is refused where keys are checked.
+            wckey=None,
             setup=order.launcher.setup,
             array_parallelism=order.launcher.max_parallel or len(order.points),
             # A step takes neither from its job: the CPUs since SLURM 22.05, the mode never.
