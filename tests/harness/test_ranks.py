@@ -7,13 +7,16 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from accelerate import Accelerator
 from accelerate.data_loader import BatchSamplerShard, SeedableRandomSampler
+from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 from torch.utils.data import BatchSampler
 
 from lora_one.errors import InputError
 from lora_one.harness.distributed.devices import check_devices
-from lora_one.harness.distributed.ranks import identify
+from lora_one.harness.distributed.ranks import connect, identify
 from lora_one.harness.distributed.slurm_step import expand_counts, expand_hosts
 from lora_one.harness.training.order import FilledRows, Order
 from lora_one.tasks.encoding import EncodedRows
@@ -108,6 +111,33 @@ def test_the_variables_of_a_launcher_come_before_those_of_slurm():
         "MASTER_PORT": "29500",
     }
     assert identified(step(0, 2) | launched) == launched
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    """What accelerate is asked for when two ranks connect."""
+    found = {}
+    monkeypatch.setenv("ACCELERATE_BYPASS_DEVICE_MAP", "false")
+    monkeypatch.setattr("lora_one.harness.distributed.peers.settle_port", lambda: None)
+    monkeypatch.setattr("accelerate.PartialState", lambda **given: found.update(given))
+    with monkeypatch.context() as two_ranks:
+        two_ranks.setenv("WORLD_SIZE", "2")
+        connect()
+    return found
+
+
+def test_a_rank_that_sees_its_own_gpu_alone_is_not_sent_to_another(monkeypatch, asked):
+    """A task of ``srun --gpus-per-task=1`` sees its GPU as number 0, whatever its local rank is."""
+    told = {}
+    monkeypatch.setattr(
+        torch.nn.parallel,
+        "DistributedDataParallel",
+        lambda model, **given: told.update(given) or model,
+    )
+    monkeypatch.setattr(Accelerator, "multi_device", True)
+    Accelerator(cpu=True).prepare_model(torch.nn.Linear(1, 1))
+    AcceleratorState._reset_state(reset_partial_state=True)
+    assert told["device_ids"] is None
 
 
 @pytest.mark.parametrize(

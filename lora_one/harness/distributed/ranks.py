@@ -82,6 +82,9 @@ def connect() -> None:
         from lora_one.harness.distributed.peers import settle_port
 
         settle_port()
+        # accelerate would tell DDP that the GPU has the local rank's number, and a rank that sees
+        # its own GPU alone sees it as number 0. DDP that is not told goes by the model.
+        os.environ["ACCELERATE_BYPASS_DEVICE_MAP"] = "true"
         PartialState(cpu=not torch.cuda.is_available())
 
 
