@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -138,6 +139,11 @@ def test_a_rank_that_sees_its_own_gpu_alone_is_not_sent_to_another(monkeypatch, 
     Accelerator(cpu=True).prepare_model(torch.nn.Linear(1, 1))
     AcceleratorState._reset_state(reset_partial_state=True)
     assert told["device_ids"] is None
+
+
+def test_ranks_wait_longer_for_each_other_than_nccl_does_by_itself(asked):
+    """Ten minutes are less than a base of 70 B parameters takes to come from a shared disk."""
+    assert asked["timeout"] >= timedelta(hours=1)
 
 
 @pytest.mark.parametrize(

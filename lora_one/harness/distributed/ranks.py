@@ -6,6 +6,7 @@ MASTER_PORT. A bare ``srun -n N`` says it in variables of its own, which ``ident
 
 import os
 from collections.abc import MutableMapping
+from datetime import timedelta
 
 from lora_one.errors import InputError
 from lora_one.harness.distributed.slurm_step import SlurmStep, read_step
@@ -17,6 +18,9 @@ POINT = "LORA_ONE_POINT"
 # upper half is for the ranks' own channel (peers/meeting.py).
 FIRST_PORT, PORTS = 10240, 11264
 PORTS_OF_A_JOB = 16
+# Ranks wait for one that loads a large base, writes a checkpoint or answers the last rows; nccl by
+# itself gives up after 10 minutes. A rank that fails or dies is known without it (peers).
+PATIENCE = timedelta(hours=2)
 
 
 def rank() -> int:
@@ -85,7 +89,7 @@ def connect() -> None:
         # accelerate would tell DDP that the GPU has the local rank's number, and a rank that sees
         # its own GPU alone sees it as number 0. DDP that is not told goes by the model.
         os.environ["ACCELERATE_BYPASS_DEVICE_MAP"] = "true"
-        PartialState(cpu=not torch.cuda.is_available())
+        PartialState(cpu=not torch.cuda.is_available(), timeout=PATIENCE)
 
 
 def environment_of_point(name: str) -> dict[str, str]:
