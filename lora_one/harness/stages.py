@@ -73,7 +73,7 @@ def make_plan(config: Config) -> Plan:
         InputError: whatever would stop the run; ranks that see other rows or too few devices.
     """
     plan = planning.make_plan(config)
-    require_devices()
+    require_devices(config.parallelism)
     agree("data", plan.data.facts)
     return plan
 

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from torch.utils.data import BatchSampler
 
 from lora_one.errors import InputError
-from lora_one.harness.distributed.devices import check_devices
+from lora_one.harness.distributed.devices import check_devices, check_numbers
 from lora_one.harness.distributed.ranks import connect, identify
 from lora_one.harness.distributed.slurm_step import expand_counts, expand_hosts
 from lora_one.harness.training.order import FilledRows, Order
@@ -197,6 +197,14 @@ def test_ranks_do_not_share_a_gpu():
         check_devices([alone | {"gpu": "u0"}, alone | {"gpu": "u0"}])
     with pytest.raises(InputError, match="rank 1 on host a sees 0 GPUs and rank 0 on host a sees"):
         check_devices([alone | {"gpu": "u0"}, alone | {"gpus": 0, "gpu": None}])
+
+
+def test_deepspeed_needs_the_gpus_to_be_numbered_as_the_ranks_are():
+    seen = {"host": "a", "gpus": 2, "gpu": "u"}
+    check_numbers([seen | {"number": 0}, seen | {"number": 1}])
+    check_numbers([seen | {"number": 1, "gpus": 0, "gpu": None}])  # CPUs have no number
+    with pytest.raises(InputError, match="rank 1 is number 1 on host a and sees 1 GPUs"):
+        check_numbers([seen | {"number": 0, "gpus": 1}, seen | {"number": 1, "gpus": 1}])
 
 
 @pytest.mark.parametrize("rows", [1, 3, 8, 9, 11, 24])

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from lora_one.errors import InputError
+from lora_one.harness.distributed.parallelism import DEEPSPEED
 from lora_one.harness.distributed.peers import gather
 from lora_one.harness.distributed.ranks import local_rank, local_world_size, world_size
 
@@ -24,11 +25,12 @@ def device() -> torch.device:
     return chosen
 
 
-def require_devices() -> None:
+def require_devices(parallelism: str) -> None:
     """Require that no two ranks share a GPU, and that all have one or none has.
 
     Raises:
-        InputError: on all ranks; it names two of them.
+        InputError: on all ranks; it names two of them, or one that DeepSpeed would send to a GPU
+            that it does not see.
     """
     if world_size() == 1:
         return
@@ -37,9 +39,13 @@ def require_devices() -> None:
         "host": platform.node(),
         "gpus": gpus,
         "ranks": local_world_size(),
+        "number": local_rank(),
         "gpu": _name(device()) if gpus else None,
     }
-    check_devices(gather(mine))
+    ranks = gather(mine)
+    check_devices(ranks)
+    if parallelism in DEEPSPEED:
+        check_numbers(ranks)
 
 
 def check_devices(ranks: list[dict[str, Any]]) -> None:
@@ -59,6 +65,22 @@ def check_devices(ranks: list[dict[str, Any]]) -> None:
                 f"ranks {owner} and {number} on host {found['host']} would share a GPU: "
                 f"{found['ranks']} ranks on this machine, and each sees {found['gpus']} GPUs. "
                 "Start one rank per GPU: srun --gpus-per-task=1, torchrun --nproc-per-node=gpu."
+            )
+
+
+def check_numbers(ranks: list[dict[str, Any]]) -> None:
+    """Check that every rank sees the GPU whose number is its own on the node, as DeepSpeed needs.
+
+    Raises:
+        InputError: on all ranks; it names one that does not.
+    """
+    for number, found in enumerate(ranks):
+        if found["gpu"] is not None and found["number"] >= found["gpus"]:
+            raise InputError(
+                f"rank {number} is number {found['number']} on host {found['host']} and sees "
+                f"{found['gpus']} GPUs, and DeepSpeed takes the GPU of that number. Let all ranks "
+                "of a node see all of its GPUs (srun --gpus-per-node instead of --gpus-per-task), "
+                "or give parallelism=ddp or fsdp2."
             )
 
 
