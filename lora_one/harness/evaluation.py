@@ -16,6 +16,8 @@ from peft import PeftModel, get_peft_model_state_dict
 from torch import nn
 from tqdm import tqdm
 
+from lora_one.adapters.serving import check_vllm
+from lora_one.adapters.stored import read_stored
 from lora_one.errors import InputError, NonFiniteError
 from lora_one.evaluation.context import context_of
 from lora_one.evaluation.engines import Decoding, Engine, TransformersEngine
@@ -36,6 +38,7 @@ from lora_one.evaluation.journal import Journal, recover
 from lora_one.evaluation.loss import mean_token_loss
 from lora_one.evaluation.sampling import Sampling
 from lora_one.evaluation.vllm_engine import VllmEngine, require_vllm
+from lora_one.harness.config.given_adapter import GivenAdapter
 from lora_one.harness.config.schema import Config
 from lora_one.harness.console import say, show_progress
 from lora_one.harness.data.rows import batches_of
@@ -153,7 +156,7 @@ def decoding_of(config: Config, task: Task) -> Decoding:
     )
 
 
-def check_engine(config: Config, base: Base, data: "Data") -> None:
+def check_engine(config: Config, base: Base, data: "Data", given: GivenAdapter | None) -> None:
     """Refuse what vLLM or a classification head cannot do, before anything is loaded.
 
     Raises:
@@ -174,6 +177,18 @@ def check_engine(config: Config, base: Base, data: "Data") -> None:
             f"evaluation.engine=vllm does not do here. {instead}"
         )
     require_vllm()
+    adapts = config.peft.use_peft or given is not None
+    if adapts and base_dtype(config) == torch.float32:
+        raise InputError(
+            "evaluation.engine=vllm multiplies LoRA factors in 16 bits only, and this model is in "
+            "float32. Give model.bf16=true, on a GPU that has bfloat16, or "
+            "evaluation.engine=transformers."
+        )
+    obstacles = [] if given is None else check_vllm(read_stored(given.path)).obstacles
+    if obstacles:
+        raise InputError(
+            f"evaluate.adapter={given.path} in vLLM: {'; '.join(obstacles)}. {instead}"
+        )
 
 
 def make_engine(config: Config, plan: "Plan", model: nn.Module, folder: Path) -> Engine:

@@ -83,7 +83,7 @@ def make_plan(config: Config) -> Plan:
     tokenizer = load_tokenizer(base, config.model)
     data = load_data(config, tokenizer, base)
     plan_jobs(data.test, config.evaluation.samples)
-    check_engine(config, base, data)
+    check_engine(config, base, data, given)
     schedule = plan_steps(config.model, len(data.train)) if config.trains else None
     if config.peft.adalora and schedule is not None:
         adapter = adapter_config(config, base, schedule.total_steps)

@@ -9,6 +9,7 @@ import sys
 import time
 from hashlib import sha256
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -479,6 +480,22 @@ def test_what_vllm_cannot_do_is_said_before_anything_is_loaded(
     config = small("evaluation.engine=vllm", "train=none", "init=lora", *more)
     with pytest.raises(InputError, match=message):
         run(config)
+    assert not Path(config.output_dir).exists()
+
+
+def test_adapters_that_vllm_would_stop_at_or_scale_otherwise_are_refused(
+    small, run, adapter, monkeypatch
+):
+    """Its kernels take factors of 16 bits, and it reads no patterns of alpha."""
+    monkeypatch.setitem(sys.modules, "vllm", ModuleType("vllm"))
+    config = small("evaluation.engine=vllm", "train=none", "init=lora")
+    with pytest.raises(InputError, match=r"in 16 bits only.*model\.bf16=true"):
+        run(config)
+    file = adapter / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"alpha_pattern": {"v_proj": 3}}))
+    given = ("evaluation.engine=vllm", "model.bf16=true", f"evaluate.adapter={adapter}")
+    with pytest.raises(InputError, match="alpha_pattern: most releases multiply every layer by 2;"):
+        run(small(*given))
     assert not Path(config.output_dir).exists()
 
 
