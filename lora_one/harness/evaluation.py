@@ -1,5 +1,6 @@
 """The evaluation stage: every test row answered once, by whichever rank, also after a kill."""
 
+import gc
 import hashlib
 import json
 import math
@@ -208,6 +209,7 @@ def make_engine(config: Config, plan: "Plan", model: nn.Module, folder: Path) ->
     dtype = str(base_dtype(config)).removeprefix("torch.")
     # vLLM loads a copy of its own and wants the accelerator to itself.
     model.to("cpu")
+    gc.collect()  # a Trainer refers to itself, and holds the optimiser's state
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
     return VllmEngine(

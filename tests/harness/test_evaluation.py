@@ -1,5 +1,6 @@
 """The evaluation stage of a run: what is evaluated, resumed, shared, and agreed to."""
 
+import gc
 import json
 import os
 import shutil
@@ -7,9 +8,10 @@ import signal
 import subprocess
 import sys
 import time
+import weakref
 from hashlib import sha256
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
@@ -19,6 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lora_one.errors import InputError
 from lora_one.evaluation.engines import TransformersEngine
+from lora_one.harness import evaluation
 from lora_one.harness.config.given_adapter import read_adapter
 from lora_one.harness.config.published import translate
 from lora_one.harness.models.base import base_dtype, has_bf16
@@ -497,6 +500,31 @@ def test_adapters_that_vllm_would_stop_at_or_scale_otherwise_are_refused(
     with pytest.raises(InputError, match="alpha_pattern: most releases multiply every layer by 2;"):
         run(small(*given))
     assert not Path(config.output_dir).exists()
+
+
+def test_vllm_gets_the_memory_of_a_training_that_is_over(small, monkeypatch):
+    """A Trainer and its callbacks refer to each other: only a collection frees what they hold."""
+
+    class Trainer:
+        def __init__(self):
+            self.callback = SimpleNamespace(trainer=self)
+
+    for name in ("eos_token_ids", "context_of"):
+        monkeypatch.setattr(evaluation, name, lambda *_: ())
+    monkeypatch.setattr(evaluation, "VllmEngine", lambda *_, **__: left())
+    plan = SimpleNamespace(
+        base=SimpleNamespace(architecture="causal", location="base", config=None),
+        tokenizer=None,
+        given=None,
+        adapter=object(),
+    )
+    config = small("evaluation.engine=vllm", "model.bf16=true")
+    gc.disable()
+    try:
+        left = weakref.ref(Trainer())
+        assert evaluation.make_engine(config, plan, torch.nn.Linear(1, 1), Path()) is None
+    finally:
+        gc.enable()
 
 
 @pytest.mark.slow
