@@ -32,6 +32,8 @@ from lora_one.sharding import own_part, reshard
 
 CHECKSUM = "sha256"
 """Key in the stored report of the sum of the factors' file."""
+PIECE = 2**20
+"""Entries of a weight that are looked at together: an embedding in fp64 may be as large as W."""
 
 
 def fingerprint(
@@ -55,8 +57,7 @@ def fingerprint(
     base = peft_model.get_base_model()
     for name, tensor in chain(base.named_parameters(), base.named_buffers()):
         if ".lora_" not in name:
-            values = own_part(tensor.detach()).flatten().double()
-            sums = (float(values.sum()), float(values.square().sum()), float(values[:1].sum()))
+            sums = _sums(own_part(tensor.detach()).flatten())
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} {sums}".encode())
     for batch in batches or ():
         for key in sorted(batch):
@@ -102,6 +103,16 @@ def store(peft_model: PeftModel, folder: Path, key: str, report: InitReport) -> 
             for new, file in ((new_state, state), (new_report, report_file)):
                 _sync(new)
                 new.replace(file)
+
+
+def _sums(values: Tensor) -> list[float]:
+    """Return the sum, the sum of squares and the first entry, in fp64 but for no copy in fp64."""
+    sums = torch.zeros(3, dtype=torch.float64, device=values.device)
+    sums[2] = values[:1].double().sum()
+    for piece in values.split(PIECE):
+        wide = piece.double()
+        sums[:2] += torch.stack([wide.sum(), wide.square().sum()])
+    return sums.tolist()
 
 
 def _architecture(base: nn.Module) -> list[Any]:

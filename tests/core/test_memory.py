@@ -7,6 +7,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from lora_one.adapters.cache import fingerprint
+from lora_one.adapters.write import Options
 from lora_one.gradients.stream import stream_gradients
 from lora_one.layers import adapted_layers
 
@@ -70,3 +72,11 @@ def test_holding_every_gradient_grows_by_the_weights():
         if hasattr(m, "base_layer") and ".layers.0." in name
     )
     assert deep - shallow >= 8 * 4 * weights
+
+
+def test_the_key_of_a_cached_start_takes_no_copy_of_a_weight():
+    model = adapted(tiny_llama(vocab_size=200_000))
+    layers, options = adapted_layers(model), Options(method="lora_one")
+    with LiveBytes(model) as live:
+        fingerprint(model, layers, batches_for(), options)
+    assert live.peak < model.get_input_embeddings().weight.nbytes
