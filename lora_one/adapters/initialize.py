@@ -356,7 +356,8 @@ def _start(
     factors = compute_factors(layer, options, gradient, ranks)
     if ranks is not None and gradient is not None:
         norm = factors.svd.norm
-    return factors, layer_report(layer, factors, norm)
+    # The decomposition is as large as the factors, or larger, and all layers wait for the last.
+    return factors._replace(svd=None), layer_report(layer, factors, norm)
 
 
 def _adds_up_products(layer: AdaptedLayer, options: Options) -> bool:

@@ -7,6 +7,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+import lora_one
 from lora_one.adapters.cache import fingerprint
 from lora_one.adapters.write import Options
 from lora_one.gradients.stream import stream_gradients
@@ -80,3 +81,17 @@ def test_the_key_of_a_cached_start_takes_no_copy_of_a_weight():
     with LiveBytes(model) as live:
         fingerprint(model, layers, batches_for(), options)
     assert live.peak < model.get_input_embeddings().weight.nbytes
+
+
+def test_a_start_waits_for_the_last_layer_without_its_decomposition(monkeypatch):
+    held = []
+    monkeypatch.setattr(
+        "lora_one.adapters.initialize.start_adapter",
+        lambda model, name, layers, starts, options: held.extend(tree_leaves(starts)),
+    )
+    model = adapted(tiny_llama())
+    lora_one.initialize(model, batches_for(), method="lora_ga", measure_loss=False)
+    storages = [part.untyped_storage() for part in held if part is not None]
+    sizes = {storage._cdata: storage.nbytes() for storage in storages}
+    factors = (factor for layer in adapted_layers(model) for factor in (layer.A, layer.B))
+    assert sum(sizes.values()) == sum(factor.nbytes for factor in factors)
