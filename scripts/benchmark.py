@@ -16,6 +16,7 @@ import copy
 import gc
 import itertools
 import json
+import math
 import os
 import platform
 import statistics
@@ -197,7 +198,8 @@ INIT: dict[str, Callable[[nn.Module, dict[str, Tensor], Setting], Work]] = {
 def time_init(setting: Setting, repeats: int, names: list[str]) -> dict[str, dict[str, float]]:
     """Return wall and processor seconds per contestant, medians of interleaved repeats."""
     model, batch = build(setting)
-    plain(model, batch, setting)()  # warms up the allocator and the thread pool
+    # Warms up the allocator and the thread pool.
+    INIT[names[0]](copy.deepcopy(model), batch, setting)()
     seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in names}
     for _ in range(repeats):
         for name in names:
@@ -276,11 +278,13 @@ def run_init(arguments: argparse.Namespace) -> list[dict[str, Any]]:
             return []
         names = [name for name in INIT if name not in arguments.skip]
         table = time_init(setting, arguments.repeats, names)
+        gc.collect()
+        torch.cuda.empty_cache()  # what this process keeps of a GPU's memory, others would lack
         for name in names:
             table[name]["mib"] = _in_fresh_process(setting, name)
         errors = {} if arguments.no_error else accuracy(setting)
         print(f"\n{_describe(setting)}")
-        base = table["forward + backward"]
+        base = table.get("forward + backward", {"seconds": math.nan, "cpu_seconds": math.nan})
         header = ("", "wall s", "x fwd+bwd", "cpu s", "x fwd+bwd", "peak MiB")
         print("{:40s} {:>8s} {:>10s} {:>8s} {:>10s} {:>9s}".format(*header))
         for name, row in table.items():
@@ -303,10 +307,10 @@ def run_ranks(arguments: argparse.Namespace) -> list[dict[str, Any]]:
 
     Communication is what a rank hands to collective operations, against all full gradients.
     """
+    if arguments.device == "cuda":
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     dist.init_process_group("nccl" if arguments.device == "cuda" else "gloo")
     rank, ranks = dist.get_rank(), dist.get_world_size()
-    if arguments.device == "cuda":
-        arguments.device = f"cuda:{rank}"
     records = []
     for setting in settings(arguments):
         model, batch = build(setting)
@@ -317,10 +321,12 @@ def run_ranks(arguments: argparse.Namespace) -> list[dict[str, Any]]:
             times = []
             for _ in range(arguments.repeats):
                 work = INIT[name](copy.deepcopy(model), share, setting)
+                synchronise(setting)
                 dist.barrier()
                 began = time.perf_counter()
                 with _counted() as sent:
                     work()
+                synchronise(setting)
                 dist.barrier()
                 times.append(time.perf_counter() - began)
             table[name] = {"seconds": statistics.median(times), "sent_mib": sent[0] / 2**20}
@@ -474,7 +480,9 @@ def _in_fresh_process(setting: Setting, name: str) -> float:
     sizes = [f"--{key}={setting[key]}" for key in AXES]
     place = [f"--device={setting['device']}", f"--dtype={setting['dtype']}", f"--model={model}"]
     command = [sys.executable, __file__, "init", f"--memory-of={name}", *sizes, *place]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        sys.exit(f"memory of '{name}': {done.stderr.strip().splitlines()[-1]}")
     return float(done.stdout.splitlines()[-1])
 
 

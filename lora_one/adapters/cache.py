@@ -33,7 +33,7 @@ from lora_one.sharding import own_part, reshard
 CHECKSUM = "sha256"
 """Key in the stored report of the sum of the factors' file."""
 PIECE = 2**20
-"""Entries of a weight that are looked at together: an embedding in fp64 may be as large as W."""
+"""Entries of a weight that are looked at together: a whole embedding takes gigabytes in fp64."""
 
 
 def fingerprint(
