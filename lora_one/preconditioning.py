@@ -1,7 +1,7 @@
 """Overwrite the gradients of LoRA pairs: stacked on a GPU, one after the other on a CPU."""
 
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_one.numerics.precision import full_precision
-from lora_one.numerics.preconditioner import damped_inverse, precondition
+from lora_one.numerics.preconditioner import damped_inverse
 
 Pair = tuple[nn.Parameter, nn.Parameter]
 
@@ -19,42 +19,51 @@ def precondition_pairs(pairs: list[Pair], reg: float, *, relative: bool = False)
     """Overwrite the pairs' gradients by the preconditioned ones.
 
     A pair with one gradient missing has the other one preconditioned; a pair without gradients
-    is left alone. On a GPU all pairs of one shape are stacked, because launching a kernel costs
-    more than copying them, and nothing waits for the device. On a CPU stacking costs more than
-    all the rest, so each gradient is multiplied where it lies, on one core.
+    is left alone. The r x r matrices of all shapes are factorised in one batch. On a GPU all pairs
+    of one shape are stacked, because launching a kernel costs more than copying them, and nothing
+    waits for the device. On a CPU stacking costs more than all the rest, so each gradient is
+    multiplied where it lies, on one core.
     """
     groups: dict[tuple[Any, ...], list[Pair]] = defaultdict(list)
     for A, B in pairs:
         if A.grad is None and B.grad is None:
             continue
-        if A.device.type == "cpu":
-            groups[True, A.shape[0], _foldable(B), A.dtype, B.dtype].append((A, B))
-        else:
-            groups[False, A.shape, B.shape, A.dtype, B.dtype, A.device].append((A, B))
-    for (on_cpu, *_), group in groups.items():
-        if on_cpu:
-            with _one_core(), full_precision(group[0][0].device):
-                _precondition_one_by_one(group, reg, relative)
-        else:
-            _precondition_stacked(group, reg, relative)
+        on_cpu = A.device.type == "cpu"
+        groups[A.device, A.shape[0], A.dtype, B.dtype, on_cpu and _foldable(B)].append((A, B))
+    for (device, *_), group in groups.items():
+        with full_precision(device):
+            if device.type == "cpu":
+                with _one_core():
+                    _precondition_one_by_one(group, reg, relative)
+            else:
+                _precondition_stacked(group, reg, relative)
 
 
 def _precondition_stacked(group: list[Pair], reg: float, relative: bool) -> None:
-    new_A, new_B = precondition(
-        torch.stack([A.detach() for A, _ in group]),
-        torch.stack([B.detach() for _, B in group]),
-        torch.stack([_gradient(A) for A, _ in group]),
-        torch.stack([_gradient(B) for _, B in group]),
-        reg,
-        relative=relative,
-    )
-    present = [
-        (factor.grad, value)
-        for (A, B), a, b in zip(group, new_A, new_B, strict=True)
-        for factor, value in ((A, a), (B, b))
-        if factor.grad is not None
-    ]
-    torch._foreach_copy_([old for old, _ in present], [new for _, new in present])
+    dtype = _computing_dtype(*group[0])
+    alike: dict[tuple[torch.Size, torch.Size], list[Pair]] = defaultdict(list)
+    for A, B in group:
+        alike[A.shape, B.shape].append((A, B))
+    grams = []
+    for pairs in alike.values():
+        A, B = (torch.stack(factors).to(dtype) for factors in zip(*pairs, strict=True))
+        grams += [B.mT @ B, A @ A.mT]
+    inverses = damped_inverse(torch.cat(grams), reg, relative=relative)
+    K = iter(inverses.split([len(gram) for gram in grams]))
+    for pairs in alike.values():
+        factors_A, factors_B = zip(*pairs, strict=True)
+        _overwrite(factors_A, next(K) @ _stacked_gradients(factors_A).to(dtype))
+        _overwrite(factors_B, _stacked_gradients(factors_B).to(dtype) @ next(K))
+
+
+def _stacked_gradients(factors: Sequence[nn.Parameter]) -> Tensor:
+    return torch.stack([torch.zeros_like(f) if f.grad is None else f.grad for f in factors])
+
+
+def _overwrite(factors: Sequence[nn.Parameter], values: Tensor) -> None:
+    present = [(f.grad, v) for f, v in zip(factors, values, strict=True) if f.grad is not None]
+    if present:
+        torch._foreach_copy_([old for old, _ in present], [new for _, new in present])
 
 
 @contextmanager
@@ -71,7 +80,7 @@ def _one_core() -> Iterator[None]:
 def _precondition_one_by_one(group: list[Pair], reg: float, relative: bool) -> None:
     """Collect the r x r matrices, factorise them in one batch, multiply gradient by gradient."""
     A, B = group[0]
-    dtype = torch.promote_types(torch.promote_types(A.dtype, B.dtype), torch.float32)
+    dtype = _computing_dtype(A, B)
     r, count, folded = A.shape[0], len(group), _foldable(B)
     width = 2 * r if folded else r
     grams_A = torch.empty(count, r, r, dtype=dtype)
@@ -98,6 +107,10 @@ def _precondition_one_by_one(group: list[Pair], reg: float, relative: bool) -> N
             gradient.copy_(product)
 
 
+def _computing_dtype(A: Tensor, B: Tensor) -> torch.dtype:
+    return torch.promote_types(torch.promote_types(A.dtype, B.dtype), torch.float32)
+
+
 def _as(dtype: torch.dtype, tensor: Tensor) -> Tensor:
     # Even a conversion that changes nothing costs as much as starting a product.
     return tensor if tensor.dtype == dtype else tensor.to(dtype)
@@ -118,7 +131,3 @@ def _foldable(B: Tensor) -> bool:
     """
     contiguous = B.is_contiguous() and (B.grad is None or B.grad.is_contiguous())
     return B.shape[1] <= 8 and B.shape[0] % 2 == 0 and contiguous
-
-
-def _gradient(factor: nn.Parameter) -> Tensor:
-    return torch.zeros_like(factor) if factor.grad is None else factor.grad

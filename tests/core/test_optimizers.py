@@ -10,6 +10,7 @@ import transformers
 from peft import AdaLoraConfig, LoraConfig, get_peft_model
 from peft.optimizers import create_riemannian_optimizer
 from peft.tuners.lora.config import BdLoraConfig
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import lora_one
 from lora_one.layers import adapted_layers
@@ -76,7 +77,7 @@ def test_equals_pefts_riemannian_at_equal_damping(optimizer_cls):
 @pytest.mark.parametrize("stacked", [False, True])
 @pytest.mark.parametrize("autocast", [False, True])
 def test_each_gradient_equals_a_float64_solve_with_the_factors_before_the_step(
-    r, stacked, autocast
+    r, stacked, autocast, monkeypatch
 ):
     model = started(r=r, targets=["q_proj", "lm_head"])  # lm_head has an odd number of rows
     model(**batches_for()[0]).loss.backward()
@@ -89,16 +90,36 @@ def test_each_gradient_equals_a_float64_solve_with_the_factors_before_the_step(
             torch.linalg.solve(a @ a.T + 1e-3 * eye, g_b, left=False),
         )
     pairs = list(lora_pairs(model).values())
-    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        if stacked:  # what GPUs use, one group per shape
-            _precondition_stacked(pairs[:2], 1e-3, relative=False)
-            _precondition_stacked(pairs[2:], 1e-3, relative=False)
-        else:
-            precondition_pairs(pairs, 1e-3)
+    if stacked:  # what GPUs use
+        monkeypatch.setattr(
+            "lora_one.preconditioning._precondition_one_by_one", _precondition_stacked
+        )
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        precondition_pairs(pairs, 1e-3)
     for name, (A, B) in lora_pairs(model).items():
         for gradient, exact in ((A.grad, expected[name][0]), (B.grad, expected[name][1])):
             error = (gradient - exact).norm() / exact.norm()
             assert error < 1e-5, name
+
+
+def test_a_gpu_is_asked_for_no_more_operations_by_more_pairs_of_the_same_shapes(monkeypatch):
+    class Counted(TorchDispatchMode):
+        count = 0
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            self.count += 1
+            return function(*args, **(kwargs or {}))
+
+    monkeypatch.setattr("lora_one.preconditioning._precondition_one_by_one", _precondition_stacked)
+    counts = []
+    for layers in (1, 3):
+        model = adapted(tiny_llama(num_hidden_layers=layers))
+        model(**batches_for()[0]).loss.backward()
+        pairs = list(lora_pairs(model).values())
+        with Counted() as counted:
+            precondition_pairs(pairs, 1e-3)
+        counts.append(counted.count)
+    assert counts[0] == counts[1]
 
 
 def test_sgd_step_is_invariant_in_the_product():
