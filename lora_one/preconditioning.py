@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora_one.numerics.precision import full_precision
+from lora_one.numerics.precision import computing_dtype, full_precision
 from lora_one.numerics.preconditioner import damped_inverse
 
 Pair = tuple[nn.Parameter, nn.Parameter]
@@ -40,7 +40,7 @@ def precondition_pairs(pairs: list[Pair], reg: float, *, relative: bool = False)
 
 
 def _precondition_stacked(group: list[Pair], reg: float, relative: bool) -> None:
-    dtype = _computing_dtype(*group[0])
+    dtype = computing_dtype(*group[0])
     alike: dict[tuple[torch.Size, torch.Size], list[Pair]] = defaultdict(list)
     for A, B in group:
         alike[A.shape, B.shape].append((A, B))
@@ -80,7 +80,7 @@ def _one_core() -> Iterator[None]:
 def _precondition_one_by_one(group: list[Pair], reg: float, relative: bool) -> None:
     """Collect the r x r matrices, factorise them in one batch, multiply gradient by gradient."""
     A, B = group[0]
-    dtype = _computing_dtype(A, B)
+    dtype = computing_dtype(A, B)
     r, count, folded = A.shape[0], len(group), _foldable(B)
     width = 2 * r if folded else r
     grams_A = torch.empty(count, r, r, dtype=dtype)
@@ -105,10 +105,6 @@ def _precondition_one_by_one(group: list[Pair], reg: float, relative: bool) -> N
             gradient = gradient.view(-1, width) if folded else gradient
             product = torch.mm(_as(dtype, gradient), k_B, out=_like(gradient, dtype, buffers))
             gradient.copy_(product)
-
-
-def _computing_dtype(A: Tensor, B: Tensor) -> torch.dtype:
-    return torch.promote_types(torch.promote_types(A.dtype, B.dtype), torch.float32)
 
 
 def _as(dtype: torch.dtype, tensor: Tensor) -> Tensor:

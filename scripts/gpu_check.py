@@ -4,9 +4,9 @@
     python scripts/gpu_check.py --json gpu.json
 
 Llama-2-7B's shapes with random weights in bf16, r = 8; adapters in fp32. The start is timed on
-8 x 1024 tokens and compared with a LoRA training step on 4 x 1024: a step on 8 takes 88 GB. Needs
-72 GB of GPU memory, and torch, transformers, peft and pytest. Exit status 1 if a target is missed
-or a check could not be made.
+8 x 1024 tokens and compared with a LoRA training step on 4 x 1024, because one on 8 may not fit the
+80 GB that this is written for. Needs torch, transformers, peft and pytest. Exit status 1 if a
+target is missed or a check could not be made.
 """
 
 import argparse

@@ -106,7 +106,7 @@ def store(peft_model: PeftModel, folder: Path, key: str, report: InitReport) -> 
 
 
 def _sums(values: Tensor) -> list[float]:
-    """Return the sum, the sum of squares and the first entry, in fp64 but for no copy in fp64."""
+    """Return the sum, the sum of squares and the first entry, summed in fp64 piece by piece."""
     sums = torch.zeros(3, dtype=torch.float64, device=values.device)
     sums[2] = values[:1].double().sum()
     for piece in values.split(PIECE):

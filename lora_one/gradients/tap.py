@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from lora_one.errors import InputError
 from lora_one.layers import TargetLayer
+from lora_one.numerics.precision import computing_dtype
 
 Consumer = Callable[[str, Tensor, Tensor], None]
 
@@ -90,7 +91,7 @@ def weight_gradient(x: Tensor, grad_output: Tensor) -> Tensor:
     half = (torch.bfloat16, torch.float16)
     if g.is_cuda and g.dtype == x.dtype and g.dtype in half:
         return torch.mm(g.T, x, out_dtype=torch.float32)
-    dtype = torch.promote_types(torch.promote_types(g.dtype, x.dtype), torch.float32)
+    dtype = computing_dtype(g, x)
     with torch.autocast(g.device.type, enabled=False):
         return g.T.to(dtype) @ x.to(dtype)
 

@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from lora_one.numerics.precision import computing_dtype
+
 
 def principal_angles(X: Tensor, Y: Tensor) -> Tensor:
     """Return the principal angles in radians, ascending, between the columns' spans of X and Y.
@@ -29,7 +31,7 @@ def principal_angles(X: Tensor, Y: Tensor) -> Tensor:
         )
     if max(X.shape[1], Y.shape[1]) > X.shape[0]:
         raise ValueError(f"more columns than rows: {tuple(X.shape)} and {tuple(Y.shape)}.")
-    dtype = torch.promote_types(torch.promote_types(X.dtype, Y.dtype), torch.float32)
+    dtype = computing_dtype(X, Y)
     if X.shape[1] < Y.shape[1]:
         X, Y = Y, X
     Q_X, Q_Y = torch.linalg.qr(X.to(dtype)).Q, torch.linalg.qr(Y.to(dtype)).Q

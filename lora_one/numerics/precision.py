@@ -1,11 +1,20 @@
-"""Products that are computed in the dtype of their operands."""
+"""In which precision the library computes, whatever the caller allows his model."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
+from torch import Tensor
 
 _BACKENDS = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)
+
+
+def computing_dtype(*operands: Tensor) -> torch.dtype:
+    """Return the dtype that all operands fit in, fp32 at least."""
+    dtype = torch.float32
+    for operand in operands:
+        dtype = torch.promote_types(dtype, operand.dtype)
+    return dtype
 
 
 @contextmanager

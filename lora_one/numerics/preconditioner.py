@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from lora_one.errors import NonFiniteError
-from lora_one.numerics.precision import full_precision
+from lora_one.numerics.precision import computing_dtype, full_precision
 
 EPS_FALLBACK = 32
 """Rounding in a Gram matrix stays below a few eps times its trace; 32 leaves a margin."""
@@ -87,7 +87,7 @@ def precondition(
     Returns:
         Both gradients in the computing dtype: fp32, or fp64 if a factor is.
     """
-    dtype = torch.promote_types(torch.promote_types(A.dtype, B.dtype), torch.float32)
+    dtype = computing_dtype(A, B)
     A, B = A.to(dtype), B.to(dtype)
     with full_precision(A.device):
         K_A = damped_inverse(B.mT @ B, damping, relative=relative)

@@ -60,7 +60,7 @@ def test_fp32_is_fp32_inside_and_what_the_caller_allowed_outside(how):
 
 @pytest.mark.parametrize("how", ["older", "autocast"])
 def test_decompositions_offsets_and_preconditioned_gradients_keep_every_bit(how, monkeypatch):
-    """``medium`` has other rounding errors on any CPU with AVX-512, larger ones on newer."""
+    """On CPUs that multiply otherwise under ``medium``, with bf16 or by other code, bits tell."""
 
     def results():
         generator = torch.Generator().manual_seed(0)
