@@ -1,4 +1,4 @@
-"""Overwrite the gradients of LoRA pairs: stacked on a GPU, one after the other on a CPU."""
+"""Overwrite the gradients of LoRA pairs: stacked on a GPU, where they lie on a CPU."""
 
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
@@ -8,10 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lora_one.narrow_products import NarrowProducts, Pair, fit, narrow_products
 from lora_one.numerics.precision import computing_dtype, full_precision
 from lora_one.numerics.preconditioner import damped_inverse
-
-Pair = tuple[nn.Parameter, nn.Parameter]
 
 
 @torch.no_grad()
@@ -22,21 +21,30 @@ def precondition_pairs(pairs: list[Pair], reg: float, *, relative: bool = False)
     is left alone. The r x r matrices of all shapes are factorised in one batch. On a GPU all pairs
     of one shape are stacked, because launching a kernel costs more than copying them, and nothing
     waits for the device. On a CPU stacking costs more than all the rest, so each gradient is
-    multiplied where it lies, on one core.
+    multiplied where it lies: by ``narrow_products`` on all cores, or, what those do not take, by
+    PyTorch on one. Both are exact to fp32's rounding, which differs.
     """
     groups: dict[tuple[Any, ...], list[Pair]] = defaultdict(list)
     for A, B in pairs:
         if A.grad is None and B.grad is None:
             continue
-        on_cpu = A.device.type == "cpu"
-        groups[A.device, A.shape[0], A.dtype, B.dtype, on_cpu and _foldable(B)].append((A, B))
-    for (device, *_), group in groups.items():
+        way = _way_on_a_cpu(A, B) if A.device.type == "cpu" else None
+        groups[A.device, A.shape[0], A.dtype, B.dtype, way].append((A, B))
+    for (device, *_, way), group in groups.items():
         with full_precision(device):
-            if device.type == "cpu":
+            if way is None:
+                _precondition_stacked(group, reg, relative)
+            elif way == "compiled" and (products := narrow_products(group)) is not None:
+                _precondition_compiled(group, reg, relative, products)
+            else:
                 with _one_core():
                     _precondition_one_by_one(group, reg, relative)
-            else:
-                _precondition_stacked(group, reg, relative)
+
+
+def _way_on_a_cpu(A: nn.Parameter, B: nn.Parameter) -> str:
+    if fit(A, B):
+        return "compiled"
+    return "folded" if _foldable(B) else "plain"
 
 
 def _precondition_stacked(group: list[Pair], reg: float, relative: bool) -> None:
@@ -64,6 +72,15 @@ def _overwrite(factors: Sequence[nn.Parameter], values: Tensor) -> None:
     present = [(f.grad, v) for f, v in zip(factors, values, strict=True) if f.grad is not None]
     if present:
         torch._foreach_copy_([old for old, _ in present], [new for _, new in present])
+
+
+def _precondition_compiled(
+    group: list[Pair], reg: float, relative: bool, products: NarrowProducts
+) -> None:
+    grams_A, grams_B = products.grams(group)
+    with _one_core():
+        K_A, K_B = damped_inverse(torch.stack([grams_B, grams_A]), reg, relative=relative)
+    products.multiply(group, K_A, K_B)
 
 
 @contextmanager
