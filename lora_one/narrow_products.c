@@ -3,7 +3,7 @@
    A (RANK, n) and B (m, RANK), or their gradients, are row-major and in single precision; n is a
    multiple of 8, m of 4. A factor is thousands of numbers long and RANK wide. BLAS spends as much on
    the call as on such a product; here a factor comes from memory once, the rest happens in registers
-   and the nearest cache, and every OpenMP thread takes whole factors. */
+   and the nearest cache, and threads take whole pairs. */
 
 #include <stdint.h>
 #include <string.h>
@@ -94,21 +94,21 @@ static void multiply_from_right(const float *K, float *gradient, int64_t m) {
   }
 }
 
-/* gram_A[i] = A_i A_i^T and gram_B[i] = B_i^T B_i, each (count, RANK, RANK). */
-void grams(int64_t count, int threads, const float *const *A, const float *const *B, const int64_t *n,
+/* gram_A[i] = A_i A_i^T and gram_B[i] = B_i^T B_i, each (count, RANK, RANK). Threads that call this
+   at once, with one *next that starts at 0, share the pairs among them. */
+void grams(int64_t *next, int64_t count, const float *const *A, const float *const *B, const int64_t *n,
            const int64_t *m, float *gram_A, float *gram_B) {
-#pragma omp parallel for schedule(dynamic) num_threads(threads)
-  for (int64_t i = 0; i < count; i++) {
+  for (int64_t i; (i = __atomic_fetch_add(next, 1, __ATOMIC_RELAXED)) < count;) {
     gram_of_rows(A[i], n[i], gram_A + i * RANK * RANK);
     gram_of_columns(B[i], m[i], gram_B + i * RANK * RANK);
   }
 }
 
-/* grad_A_i <- K_A[i] grad_A_i and grad_B_i <- grad_B_i K_B[i]; a null pointer is left out. */
-void multiply(int64_t count, int threads, float *const *grad_A, float *const *grad_B, const int64_t *n,
+/* grad_A_i <- K_A[i] grad_A_i and grad_B_i <- grad_B_i K_B[i]; a null pointer is left out. Threads
+   share the pairs as above. */
+void multiply(int64_t *next, int64_t count, float *const *grad_A, float *const *grad_B, const int64_t *n,
               const int64_t *m, const float *K_A, const float *K_B) {
-#pragma omp parallel for schedule(dynamic) num_threads(threads)
-  for (int64_t i = 0; i < count; i++) {
+  for (int64_t i; (i = __atomic_fetch_add(next, 1, __ATOMIC_RELAXED)) < count;) {
     if (grad_A[i]) multiply_from_left(K_A + i * RANK * RANK, grad_A[i], n[i]);
     if (grad_B[i]) multiply_from_right(K_B + i * RANK * RANK, grad_B[i], m[i]);
   }

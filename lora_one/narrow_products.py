@@ -8,6 +8,7 @@ import shlex
 import subprocess
 import tempfile
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -20,6 +21,8 @@ WIDEST = 32
 """Rank from which on a BLAS product is as fast."""
 WORTH_COMPILING = 2**20
 """Numbers in all factors below which a training run hardly gains the time that compiling takes."""
+PAIRS_PER_THREAD = 8
+"""Fewer take less time than a thread takes to start."""
 SECONDS = 60
 """Compiling takes less than one."""
 
@@ -27,7 +30,7 @@ log = logging.getLogger(__name__)
 
 
 class NarrowProducts:
-    """``narrow_products.c``, compiled for one rank r; its threads are PyTorch's number of threads.
+    """``narrow_products.c``, compiled for one rank r, on PyTorch's number of threads.
 
     All pairs A (r, n), B (m, r) and their gradients must be ``fit``.
     """
@@ -60,15 +63,21 @@ class NarrowProducts:
     ) -> None:
         count = len(pairs)
         pointers, lengths = ctypes.c_void_p * count, ctypes.c_int64 * count
-        function(
+        arguments = (
+            ctypes.byref(ctypes.c_int64(0)),
             ctypes.c_int64(count),
-            ctypes.c_int(torch.get_num_threads()),
             pointers(*of_A),
             pointers(*of_B),
             lengths(*[A.shape[1] for A, _ in pairs]),
             lengths(*[B.shape[0] for _, B in pairs]),
             *[ctypes.c_void_p(matrix.data_ptr()) for matrix in matrices],
         )
+        # ctypes gives the interpreter back while C computes. Not OpenMP: a second runtime of it
+        # beside PyTorch's own can end the process.
+        threads = min(torch.get_num_threads(), -(-count // PAIRS_PER_THREAD))
+        with ThreadPoolExecutor(threads) as pool:
+            for work in [pool.submit(function, *arguments) for _ in range(threads)]:
+                work.result()
 
 
 def fit(A: nn.Parameter, B: nn.Parameter) -> bool:
@@ -89,8 +98,8 @@ def fit(A: nn.Parameter, B: nn.Parameter) -> bool:
 def narrow_products(pairs: Sequence[Pair]) -> NarrowProducts | None:
     """Return the compiled products for pairs that are ``fit`` and of one rank.
 
-    None if the pairs are too small to be worth it, or if no C compiler with OpenMP (``CC``, else
-    ``cc``) can build them; why is logged.
+    None if the pairs are too small to be worth it, or if no C compiler (``CC``, else ``cc``) can
+    build them; why is logged.
     """
     if sum(A.numel() + B.numel() for A, B in pairs) < WORTH_COMPILING:
         return None
@@ -102,7 +111,7 @@ def _compiled(rank: int) -> NarrowProducts | None:
     compiler = shlex.split(os.environ.get("CC") or "cc")
     # For this very processor, and so in no cache that nodes of a cluster might share. No option
     # that lets the compiler assume finite numbers: a NaN stays one.
-    options = ["-O3", "-march=native", "-fopenmp", "-shared", "-fPIC", f"-DRANK={rank}"]
+    options = ["-O3", "-march=native", "-shared", "-fPIC", f"-DRANK={rank}"]
     try:
         with tempfile.TemporaryDirectory(prefix="lora-one-") as folder:
             target = str(Path(folder) / f"narrow_products_{rank}.so")
