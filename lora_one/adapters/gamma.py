@@ -83,5 +83,15 @@ def search_gamma(
 
 
 def rescale(factors: Factors, gamma: float) -> Factors:
-    """Return factors computed with gamma = 1 for another gamma: both divided by its root."""
-    return factors._replace(B=factors.B / math.sqrt(gamma), A=factors.A / math.sqrt(gamma))
+    """Return factors computed with gamma = 1 for another: both times the root of ``share``."""
+    root = math.sqrt(share(factors, gamma))
+    return factors._replace(B=factors.B * root, A=factors.A * root)
+
+
+def share(factors: Factors, gamma: float) -> float:
+    """Return ``min(1 / (gamma ρ), 1)``: how much of B A a gamma of at least 1 leaves.
+
+    ρ is what the product was clipped to, 1 without ``norm_clip``. What gamma makes small enough is
+    not clipped: the product ``min(1 / gamma, ρ)`` of the unclipped one is wanted, ρ of it is given.
+    """
+    return 1 / max(gamma * factors.clipped, 1.0)

@@ -23,7 +23,7 @@ from lora_one.adapters.checks import (
     check_ties,
     check_untrained,
 )
-from lora_one.adapters.gamma import is_auto, rescale, search_gamma
+from lora_one.adapters.gamma import is_auto, rescale, search_gamma, share
 from lora_one.adapters.report import InitReport, LayerReport
 from lora_one.adapters.write import (
     Options,
@@ -161,9 +161,10 @@ def initialize(
         with _alone(peft_model, adapter_name):
             gamma = search_gamma(peft_model, layers, starts, batches, report, train, seed)
         options = replace(options, stable_gamma=gamma)
+        for name, factors in starts.items():
+            ratio = reports[name].norm_ratio
+            reports[name].norm_ratio = None if ratio is None else ratio * share(factors, gamma)
         starts = {name: rescale(factors, gamma) for name, factors in starts.items()}
-        for entry in reports.values():
-            entry.norm_ratio = None if entry.norm_ratio is None else entry.norm_ratio / gamma
     _finish(peft_model, layers, starts, options, report, reports)
     report.seconds = time.perf_counter() - began
     if measure_loss and batches is not None and layers:
@@ -321,7 +322,11 @@ def _agreed(starts: dict[str, Factors]) -> dict[str, Factors]:
     if ranks is None:
         return starts
     return {
-        name: factors._replace(B=ranks.agree(factors.B), A=ranks.agree(factors.A))
+        name: factors._replace(
+            B=ranks.agree(factors.B),
+            A=ranks.agree(factors.A),
+            clipped=float(ranks.agree(factors.B.new_tensor(factors.clipped))),
+        )
         for name, factors in sorted(starts.items())
     }
 

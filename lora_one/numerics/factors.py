@@ -33,12 +33,14 @@ SCALES = ("stable", "unit", "gd", "weightS")
 class Factors(NamedTuple):
     """The start of one adapter: B (m, r), A (r, n), and the decomposition they come from, if any.
 
-    ``svd`` is that of G (the signs of -G are in the factors) or of W.
+    ``svd`` is that of G (the signs of -G are in the factors) or of W, ``clipped`` what
+    ``clip_to_weight`` multiplied the product by.
     """
 
     B: Tensor
     A: Tensor
     svd: TruncatedSVD | None = None
+    clipped: float = 1.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -211,7 +213,8 @@ def clip_to_weight(factors: Factors, W: Tensor, s: float) -> Factors:
     if largest == 0:
         return factors
     ratio = (W.abs().amax() / largest).clamp(max=1)
-    return factors._replace(B=factors.B * ratio.sqrt(), A=factors.A * ratio.sqrt())
+    root = ratio.sqrt()
+    return factors._replace(B=factors.B * root, A=factors.A * root, clipped=float(ratio))
 
 
 def _haar(gaussian_matrix: Tensor) -> Tensor:

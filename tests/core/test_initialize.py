@@ -111,15 +111,19 @@ def test_rising_loss_is_reported_with_advice(llama, llama_batches):
     assert "the scale 'unit' makes too large a step" in report.warnings[-1]
 
 
-def test_gamma_is_searched_by_the_loss_after_the_start(llama, llama_batches):
+@pytest.mark.parametrize("norm_clip", [False, True])  # at gamma = 1 it clips
+def test_gamma_is_searched_by_the_loss_after_the_start(norm_clip, llama, llama_batches):
+    options = {"method": "lora_one", "norm_clip": norm_clip}
     found, fixed = adapted(llama), adapted(llama)
-    report = lora_one.initialize(found, llama_batches, method="lora_one", stable_gamma="auto")
+    report = lora_one.initialize(found, llama_batches, stable_gamma="auto", **options)
     losses = {entry["stable_gamma"]: entry["loss"] for entry in report.gamma_search}
     assert losses[report.stable_gamma] == min(losses.values())
     assert report.loss_after == pytest.approx(min(losses.values()), rel=1e-6)
-    lora_one.initialize(fixed, llama_batches, method="lora_one", stable_gamma=report.stable_gamma)
+    same = lora_one.initialize(fixed, llama_batches, stable_gamma=report.stable_gamma, **options)
     batch = llama_batches[0]
     assert largest(logits(found, batch), logits(fixed, batch)) < 1e-5
+    for ours, theirs in zip(report.layers, same.layers, strict=True):
+        assert ours.norm_ratio == pytest.approx(theirs.norm_ratio, rel=1e-5)
 
 
 def test_mixed_ranks_and_alphas_are_followed_layer_by_layer(llama, llama_batches):
