@@ -32,8 +32,13 @@ BUDGET = 256 * 2**20
 """Bytes of gradients that may wait by default: all of a 60 M model, four layers of a 7 B one."""
 STRATEGIES = ("auto", "hold", "join", "groups")
 
-_PADDING = {"labels": IGNORED, "attention_mask": 0, "decoder_attention_mask": 0}
-_TOKEN_KEYS = ("input_ids", "decoder_input_ids", "token_type_ids")
+_PADDING = {
+    "labels": IGNORED,
+    "attention_mask": 0,
+    "decoder_attention_mask": 0,
+    "token_type_ids": 0,
+}
+_TOKEN_KEYS = ("input_ids", "decoder_input_ids")
 
 
 @dataclass(frozen=True)
@@ -106,6 +111,9 @@ def joined_batch(batches: Sequence[Batch], model: nn.Module) -> dict[str, Any] |
     for batch in batches:
         if len({len(value) for value in batch.values() if _has_rows(value)}) > 1:
             return None  # something is shared by the rows, such as position_ids (1, T)
+    padding = _padding_id(model)
+    if padding is None and type(model).__name__.endswith("ForSequenceClassification"):
+        return None  # its head reads the last token that is no padding
     joined = {}
     for key in batches[0]:
         values = [batch[key] for batch in batches]
@@ -118,7 +126,7 @@ def joined_batch(batches: Sequence[Batch], model: nn.Module) -> dict[str, Any] |
         masked = "attention_mask" in batches[0]
         if not (known and masked and all(value.ndim == 2 for value in values)):
             return None
-        fill = _PADDING.get(key, getattr(model.config, "pad_token_id", None) or 0)
+        fill = _PADDING.get(key, padding or 0)
         length = max(value.shape[1] for value in values)
         pad = torch.nn.functional.pad
         joined[key] = torch.cat(
@@ -129,6 +137,16 @@ def joined_batch(batches: Sequence[Batch], model: nn.Module) -> dict[str, Any] |
 
 def _has_rows(value: Any) -> bool:
     return isinstance(value, Tensor) and value.ndim >= 1
+
+
+def _padding_id(model: nn.Module) -> int | None:
+    """Return the id that the model pads with, None where it has none (Llama-2) or one outside.
+
+    Early Llama checkpoints have -1, and a pad token may have been added without its embedding.
+    """
+    text = model.config.get_text_config()
+    own = getattr(text, "pad_token_id", None)
+    return own if own is not None and 0 <= own < getattr(text, "vocab_size", 0) else None
 
 
 def _groups(layers: Sequence[TargetLayer], budget: int) -> list[list[TargetLayer]]:

@@ -368,15 +368,6 @@ def test_the_count_that_trainer_passes_does_not_change_the_mean(llama, llama_bat
     assert mean_loss(llama, counted) == pytest.approx(mean_loss(llama, llama_batches))
 
 
-def test_batches_whose_rows_share_something_are_not_joined(llama):
-    positions = torch.arange(12)[None]
-    batches = [{**batch, "position_ids": positions} for batch in batches_for(rows=(2, 3))]
-    layers = plain_layers(llama, "all-linear")
-    assert plan(llama, checked_batches(llama, batches), layers, budget=0).strategy == "groups"
-    ours = lora_one.estimate_gradients(llama, batches, strategy="auto", memory_budget=0)
-    assert_equal(ours, lora_one.estimate_gradients(llama, batches_for(rows=(2, 3))), 1e-5)
-
-
 def ids_of(batches):
     return batches[1]["input_ids"]
 
