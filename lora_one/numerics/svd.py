@@ -27,6 +27,8 @@ LARGEST_EXPONENT = 40
 """Beyond 2**±40, σ² and what is added to it come near the ends of fp32's range."""
 NEW_DIRECTION = 1e-3
 """Below this, relative to about σ_0², what a product adds to the basis is partly rounding."""
+OUTSIDE = 0.1
+"""Where less of a unit vector than this is outside the basis, a random one goes in its place."""
 
 
 class Summands(Protocol):
@@ -167,7 +169,9 @@ def subspace_error(S: np.ndarray, residuals: np.ndarray, rank: int) -> float:
     """
     squares = S * S
     outside = squares[max(rank, len(S) // 4)]
-    smallest = (1 - (1 - SMALLEST_GAP) ** 2) * squares[rank - 1] + np.finfo(S.dtype).tiny
+    # More than nothing where M has fewer than r directions: a rounding error over 0 is no number.
+    least = np.finfo(S.dtype).eps * squares[0] + np.finfo(S.dtype).tiny
+    smallest = (1 - (1 - SMALLEST_GAP) ** 2) * squares[rank - 1] + least
     X = residuals[:, :rank] / np.maximum(squares[:rank] - outside, smallest)
     Y = residuals[:, rank:] / np.maximum(squares[rank - 1] - squares[rank:], smallest)
     Z = Y.T @ X
@@ -221,9 +225,7 @@ def _krylov(
         block, R = torch.linalg.qr(remainder)
         R = R.cpu().double().numpy()
         if abs(R.diagonal()).min() <= NEW_DIRECTION * scale:
-            # Where M has no more directions to give, QR normalises rounding errors, which may
-            # lean on the basis: unit vectors can be cleaned of it, errors could not.
-            block = torch.linalg.qr(block - basis @ (basis.mT @ block)).Q
+            block = _outside(basis, block)
         block = processes.agree(block)
         if end < min(look, columns):  # a look costs O(end³), a block without one little
             continue
@@ -256,6 +258,22 @@ def _krylov(
         norm = math.sqrt(np.vdot(S, S) + float(sketch.double().square().sum()) / WIDTH)
     S_r = torch.from_numpy(S[:rank]).to(M)
     return TruncatedSVD(basis @ W_r.to(M), S_r, V.mT, float(S[rank]), error, norm)
+
+
+def _outside(basis: Tensor, block: Tensor) -> Tensor:
+    """Return orthonormal columns outside the basis: the block's own, where it has any there.
+
+    Where M has no more directions to give, QR normalises rounding errors, which may lean on the
+    basis: unit vectors can be cleaned of it, errors could not. They may also lie inside of it, and
+    what cleaning leaves of them again, as where most rows of M are zero. A random direction takes
+    their place.
+    """
+    block = block - basis @ (basis.mT @ block)
+    squares, vectors = torch.linalg.eigh(block.mT @ block)
+    generator = private_generator(basis.shape[1])
+    fresh = torch.randn(block.shape, generator=generator, dtype=block.dtype).to(block.device)
+    fresh -= basis @ (basis.mT @ fresh)
+    return torch.linalg.qr(torch.where(squares > OUTSIDE**2, block @ vectors, fresh)).Q
 
 
 def _product(M: Tensor, X: Tensor) -> Tensor:

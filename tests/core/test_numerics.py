@@ -144,6 +144,25 @@ def test_a_gradient_of_few_tokens_has_few_directions_and_is_decomposed_to_roundi
         torch.testing.assert_close(factor.T @ factor, torch.eye(8), atol=1e-4, rtol=0)
 
 
+@pytest.mark.parametrize("entries", [1, 6, 40])
+@pytest.mark.parametrize("shape", [(300, 200), (200, 300)])
+def test_where_most_rows_or_columns_are_zero_rounding_errors_are_not_taken_for_directions(
+    entries, shape
+):
+    """As where few units or inputs of a layer are active: errors lie where entries lie."""
+    matrix = torch.zeros(shape)
+    generator = torch.Generator().manual_seed(0)
+    matrix[:entries] = torch.randn(entries, shape[1], generator=generator)
+    for M in (matrix, matrix.T.flip(0)):
+        found = truncated_svd(M, 8)
+        U, S, Vh = torch.linalg.svd(M.double(), full_matrices=False)
+        best = (U[:, :8] * S[:8]) @ Vh[:8]
+        assert relative((found.U * found.S) @ found.Vh - best, best) < 1e-3
+        torch.testing.assert_close(found.S.double(), S[:8], rtol=1e-4, atol=1e-4)
+        for factor in (found.U, found.Vh.T):
+            torch.testing.assert_close(factor.T @ factor, torch.eye(8), atol=1e-4, rtol=0)
+
+
 @pytest.mark.parametrize("rank", [0, 31])
 def test_impossible_rank_is_refused(rank):
     with pytest.raises(ValueError, match="between 1 and 30"):
