@@ -193,6 +193,7 @@ def _plain_layers(peft_model: PeftModel, adapter_name: str, truncates: bool) -> 
         A, B = _wide(A), _wide(B)
         if name in start:
             B0, A0 = (_wide(factor).to(A.device) for factor in start[name])
+            B0 = B0 * rescaling(state.scalings[name], s)  # the offset keeps the s of the start
             B, A = torch.cat([B, -B0], 1), torch.cat([A, A0], 0)
             alpha = alpha if truncates else 2 * alpha  # with the rank, so that s stays put
         layers[name] = _Plain(B, A, s, alpha, dtype)

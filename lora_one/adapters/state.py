@@ -97,5 +97,6 @@ def load_initial_state(
             subtract_offset(layer)
         reset_dora_magnitude(layer)
         state.factors[layer.name] = (B, A)
+        state.scalings[layer.name] = layer.s
     remember(peft_model, adapter_name, state, written)
     return state

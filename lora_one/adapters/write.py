@@ -81,12 +81,14 @@ class InitialState:
         offset: whether ``s B0 A0`` was taken from the base weights.
         metadata: options as plain values.
         factors: layer name -> (B0, A0) on the CPU, in the dtype of the adapter.
+        scalings: layer name -> s at the start, which PEFT lets a user change afterwards.
     """
 
     method: str
     offset: bool
     metadata: dict[str, Any] = field(default_factory=dict)
     factors: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    scalings: dict[str, float] = field(default_factory=dict)
 
 
 def initial_state(peft_model: PeftModel, adapter_name: str = "default") -> InitialState | None:
@@ -244,6 +246,7 @@ def start_adapter(
             subtract_offset(layer)
         reset_dora_magnitude(layer)
         state.factors[layer.name] = (layer.B.detach().cpu().clone(), layer.A.detach().cpu().clone())
+        state.scalings[layer.name] = layer.s
     remember(peft_model, adapter_name, state, started)
 
 

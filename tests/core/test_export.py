@@ -6,6 +6,7 @@ import json
 import pytest
 import torch
 from peft import AdaLoraConfig, LoraConfig, PeftModel, get_peft_model
+from peft.helpers import rescale_adapter_scale
 from safetensors.torch import load_file
 from torch import nn
 
@@ -84,6 +85,15 @@ def test_plain_methods_export_their_factors_untouched(tmp_path):
     for layer in adapted_layers(peft_model):
         assert torch.equal(tensors[f"base_model.model.{layer.name}.lora_A.weight"], layer.A)
         assert torch.equal(tensors[f"base_model.model.{layer.name}.lora_B.weight"], layer.B)
+
+
+@pytest.mark.parametrize("method", ["lora_one", "lora_ga"])
+def test_a_scaling_that_was_changed_after_the_start_is_exported(method, tmp_path, llama_batches):
+    peft_model = trained(tiny_llama(), method, use_rslora=True)
+    with rescale_adapter_scale(peft_model, 0.5):
+        lora_one.export_adapter(peft_model, tmp_path / "a")
+        off = difference(tmp_path / "a", tiny_llama(), peft_model, llama_batches[0])
+    assert off < TOLERANCE
 
 
 def test_export_before_training_is_rehearsed_exactly(tmp_path, llama, llama_batches):
