@@ -43,8 +43,9 @@ class Custom(Task):
     counted.
 
     A reply is right by ``exact`` where it equals the reference up to case, spaces and a closing
-    full stop, and by ``contains`` where it holds it, on word borders. With ``answer_pattern`` the
-    primary scorer is ``pattern``: what the last match of the expression found (its first group, if
+    full stop, and by ``contains`` where it holds it as whole words and numbers: 5 is not in 1.5,
+    .5, -5, 1/5 or 5,000, but in 5.0 and "10-5". With ``answer_pattern`` the primary scorer is
+    ``pattern``: what the last match of the expression found (its first group, if
     it has one) is compared with the reference; no match is no answer.
 
     Args:
@@ -168,7 +169,7 @@ class Custom(Task):
             raise InputError(f"{example.row_id}: a row without a reference cannot be scored")
         gold, said = _normalise(example.reference), _normalise(reply)
         whole = reply.strip() or None
-        contained = bool(gold) and re.search(rf"(?<!\w){re.escape(gold)}(?!\w)", said) is not None
+        contained = bool(gold) and _holds(said, gold)
         verdicts: dict[str, Verdict] = {
             "exact": {"parsed": whole, "correct": bool(said) and said == gold},
             "contains": {"parsed": whole, "correct": contained},
@@ -276,6 +277,18 @@ def _compiled(pattern: str | None) -> re.Pattern[str] | None:
         raise InputError(
             f"dataset.answer_pattern={pattern!r}: not a regular expression ({error})"
         ) from None
+
+
+# A digit belongs to the number before it after a digit and one of these, or after the sign or the
+# point that a number begins with; and to the one after it unless only zeros follow a point.
+_NUMBER_BEFORE = r"(?<![0-9][.,:/])(?<!(?<![\w.])[-\N{MINUS SIGN}.])"
+_NUMBER_AFTER = r"(?!\.0*[1-9]|[,:/][0-9])"
+
+
+def _holds(text: str, gold: str) -> bool:
+    before = _NUMBER_BEFORE if gold[0].isdigit() else ""
+    after = _NUMBER_AFTER if gold[-1].isdigit() else ""
+    return re.search(rf"(?<!\w){before}{re.escape(gold)}(?!\w){after}", text) is not None
 
 
 def _normalise(text: str) -> str:

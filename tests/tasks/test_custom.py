@@ -5,7 +5,7 @@ import json
 import pytest
 
 from lora_one.errors import InputError
-from lora_one.tasks import create_task
+from lora_one.tasks import Example, create_task
 
 QUESTION = {"prompt": r"Q: {question}\nA: ", "target": "{answer}"}
 
@@ -180,6 +180,29 @@ def test_exact_ignores_case_and_spaces_and_contains_keeps_word_borders(tmp_path,
     scores = task.score(reply, task.load("test")[0])
     assert (scores["exact"]["correct"], scores["contains"]["correct"]) == verdicts
     assert (scores["exact"]["parsed"] is None) == (reply == "")
+
+
+@pytest.mark.parametrize(
+    ("gold", "held", "not_held"),
+    [
+        (
+            "5",
+            ["5.", "it is 5, surely", "$5.00", "10-5", "x=5", "3 + 5", "1. 5", "5%", "well...5"],
+            ["1.5", ".5", "-5", "(\N{MINUS SIGN}5)", "1/5", "5/6", "5.05", "5,000", "1,5", "5:30"],
+        ),
+        ("-5", ["x = -5", "(-5)"], ["10-5", "-5.2"]),
+        ("1.5", ["1.5", "1.5 m"], ["11.5", "1.55", "1.5.2"]),
+        ("5 apples", ["he has 5 apples."], ["1.5 apples"]),
+        ("paris", ["1.Paris", "3/Paris"], []),
+    ],
+)
+def test_contains_compares_whole_numbers(file, gold, held, not_held):
+    task = create_task("custom", path=file, **QUESTION)
+    example = Example("row", "", gold, gold)
+    right = {
+        reply for reply in held + not_held if task.score(reply, example)["contains"]["correct"]
+    }
+    assert right == set(held)
 
 
 def test_a_pattern_reads_the_answer_and_is_compared_with_the_reference_column(file, tmp_path):
