@@ -130,6 +130,7 @@ def _merge(options: argparse.Namespace) -> int:
     from lora_one.adapters import merge_folder as merging
 
     logging.disable_progress_bar()
+    logging.set_verbosity_error()  # no table of what is missing: the merge names it
     dtype = merging.DTYPES.get(options.dtype)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about tied weights, which the merge minds

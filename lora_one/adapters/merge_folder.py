@@ -160,6 +160,8 @@ def _load(adapter: StoredAdapter, name: str, revision: str | None) -> PreTrained
             dtype="auto",
             use_safetensors=True,
             output_loading_info=True,
+            # Refused below, with the first name.
+            ignore_mismatched_sizes=True,
         )
     except (OSError, ValueError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0]
@@ -175,6 +177,14 @@ def _load(adapter: StoredAdapter, name: str, revision: str | None) -> PreTrained
         raise InputError(
             f"the base model {name} lacks {len(missing)} of its weights, first '{missing[0]}', "
             "which would be random; expected a whole checkpoint: get it again, or give --base."
+        )
+    other = sorted(entry for entry in loaded["mismatched_keys"] if entry[0] not in brought)
+    if other:
+        key, found, expected = other[0]
+        raise InputError(
+            f"the weights of the base model {name} have other shapes than its config.json says, "
+            f"first '{key}': {tuple(found)}, expected {tuple(expected)}. Get it again, or give "
+            "--base."
         )
     return model
 

@@ -130,7 +130,7 @@ def test_what_cannot_be_merged_is_refused_in_one_message(
         (adapter / "adapter_config.json").write_text(json.dumps({**settings, **changes}))
         capsys.readouterr()
         assert main(["merge", str(adapter), str(out), *map(str, options)]) == 2
-        err = capsys.readouterr().err.splitlines()[-1]
+        (err,) = capsys.readouterr().err.splitlines()
         assert err.startswith("error: ")
         assert message in err
 
@@ -158,6 +158,9 @@ def test_what_cannot_be_merged_is_refused_in_one_message(
     refused(
         "lacks 3 of its weights, first 'model.layers.1.mlp.down_proj.weight'", "--base", lacking
     )
+    whole["model.norm.weight"] = torch.ones(16)
+    save_file(whole, lacking / "model.safetensors", {"format": "pt"})
+    refused("first 'model.norm.weight': (16,), expected (32,). Get it", "--base", lacking)
     weights = load_file(adapter / "adapter_model.safetensors")
     save_file(
         {k: v * float("nan") for k, v in weights.items()}, adapter / "adapter_model.safetensors"
