@@ -287,9 +287,27 @@ def _linears(model: nn.Module) -> Iterable[tuple[str, nn.Module]]:
 
 
 def model_device(model: nn.Module) -> torch.device:
-    """Return where the model wants its inputs: the device of its input embedding."""
+    """Return where the model wants its inputs: where its input embedding computes.
+
+    Raises:
+        InputError: if that has no values: it is on the meta device, and accelerate did not put it
+            there.
+    """
     try:
-        parameters = model.get_input_embeddings().parameters()
+        first = model.get_input_embeddings()
+        device = computing_device(first)
     except (AttributeError, NotImplementedError):  # models of images or sound have none
-        parameters = model.parameters()
-    return next(parameters).device
+        first, device = model, computing_device(model)
+    if device.type == "meta":
+        raise InputError(
+            f"the {type(first).__name__} of this model has no values yet: it is on the meta "
+            "device. Load the weights first."
+        )
+    return device
+
+
+def computing_device(module: nn.Module) -> torch.device:
+    """Return the device of a module's weights, or to which accelerate brings offloaded ones."""
+    weight = next(module.parameters())
+    brought = getattr(getattr(module, "_hf_hook", None), "execution_device", None)
+    return torch.device(brought) if weight.is_meta and brought is not None else weight.device

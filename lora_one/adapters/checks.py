@@ -66,7 +66,13 @@ def check_layers(layers: list[AdaptedLayer], options: Options) -> None:
 
 
 def check_readable(layer: TargetLayer, method: str) -> None:
-    """Raise ``InputError`` for a quantised layer whose format hides W."""
+    """Raise ``InputError`` where W is not there, or hidden by the format of a quantised layer."""
+    weight = getattr(layer.module, "weight", None)
+    if weight is not None and weight.is_meta:
+        raise InputError(
+            f"the weight of layer '{layer.name}' is on the meta device, and {method} looks at it. "
+            "Load the weights first, without low_cpu_mem_usage or offloading."
+        )
     if not is_readable(layer.module):
         raise InputError(
             f"layer '{layer.name}' is a {type(layer.module).__name__}, whose weight is packed in a "

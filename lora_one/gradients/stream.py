@@ -21,7 +21,7 @@ from lora_one.gradients.plan import plan
 from lora_one.gradients.restore import checkpointed, left_as_found
 from lora_one.gradients.tap import differentiable_embeddings, tapped, weight_gradient
 from lora_one.gradients.tokens import Batch, checked_batches, to_device
-from lora_one.layers import TargetLayer, model_device
+from lora_one.layers import TargetLayer, computing_device, model_device
 from lora_one.sharding import is_sharded
 
 
@@ -203,7 +203,7 @@ class _Sums:
         layer = self.missing.pop(name)
         gradient_sum = self.sums.pop(name, None)
         if gradient_sum is None:
-            place = self.device or next(layer.module.parameters()).device
+            place = self.device or computing_device(layer.module)
             gradient_sum = torch.zeros(layer.shape, device=place)
         with torch.autocast(gradient_sum.device.type, enabled=False):
             self.deliver(name, gradient_sum)

@@ -1,7 +1,9 @@
 """What cannot be initialised or exported is refused in one message, and the model is unchanged."""
 
 import copy
+from functools import partial
 
+import accelerate
 import pytest
 import torch
 from peft import KasaConfig, LoraConfig, PeftMixedModel, PeftModel, get_peft_model
@@ -132,6 +134,19 @@ def test_weights_without_values_are_refused(llama):
     with torch.device("meta"):
         empty = tiny_llama()
     refused("meta device", get_peft_model(empty, config))
+    for ask in (lora_one.estimate_gradients, partial(lora_one.allocate_ranks, rank=2)):
+        with pytest.raises(lora_one.InputError, match="Embedding of this model has no values yet"):
+            ask(empty, batches_for())
+
+
+def test_an_offloaded_base_gives_its_gradient_but_not_its_weights(llama, llama_batches):
+    expected = lora_one.estimate_gradients(llama, llama_batches)
+    accelerate.cpu_offload(llama, execution_device="cpu")
+    gradients = lora_one.estimate_gradients(llama, llama_batches)
+    # Weights at other addresses: products are summed in another order.
+    torch.testing.assert_close(gradients, expected, rtol=1e-4, atol=1e-6)
+    with pytest.raises(lora_one.InputError, match="q_proj' is on the meta device, and pissa looks"):
+        lora_one.allocate_ranks(llama, rank=2, method="pissa")
 
 
 def test_variants_with_another_product_are_refused(llama):
