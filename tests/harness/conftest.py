@@ -6,7 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from transformers import (
+    AutoModelForCausalLM,
     AutoTokenizer,
     LlamaConfig,
     LlamaForCausalLM,
@@ -124,6 +126,20 @@ def copy_of(tmp_path):
         return Path(shutil.copytree(folder, tmp_path / "copy"))
 
     return copy
+
+
+@pytest.fixture
+def adapter(tmp_path, llama_folder) -> Path:
+    """A LoRA adapter that changes what the tiny Llama says."""
+    torch.manual_seed(1)
+    base = AutoModelForCausalLM.from_pretrained(llama_folder)
+    config = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+    model = get_peft_model(base, config)
+    for name, factor in model.named_parameters():
+        if "lora_" in name:
+            factor.data.mul_(20)
+    model.save_pretrained(tmp_path / "given")
+    return tmp_path / "given"
 
 
 @pytest.fixture

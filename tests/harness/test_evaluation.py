@@ -1,30 +1,20 @@
-"""The evaluation stage of a run: what is evaluated, resumed, shared, and agreed to."""
+"""The evaluation stage of a run: what is evaluated, measured, consented to, and refused."""
 
 import gc
 import json
-import os
-import shutil
-import signal
-import subprocess
 import sys
-import time
 import weakref
-from hashlib import sha256
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import PeftModel
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lora_one.errors import InputError
-from lora_one.evaluation.engines import TransformersEngine
 from lora_one.harness import evaluation
-from lora_one.harness.config.given_adapter import read_adapter
-from lora_one.harness.config.published import translate
-from lora_one.harness.models.base import base_dtype, has_bf16
 from lora_one.harness.records.folder import run_id
 from lora_one.reports.records import find_runs
 from lora_one.reports.table import summarise
@@ -32,37 +22,11 @@ from lora_one.tasks import Task, create_task
 from lora_one.tasks.arithmetic import Arithmetic
 from lora_one.tasks.registry import TASKS
 
-ROOT = Path(__file__).parents[2]
+from .evaluated import predictions
+from .long_run import folder_of
 
 
-def predictions(folder: Path) -> list[dict]:
-    return [json.loads(line) for line in (folder / "predictions.jsonl").read_text().splitlines()]
-
-
-def untimed(metrics: dict) -> dict:
-    return {k: v for k, v in metrics.items() if k not in ("seconds", "answers_per_second")}
-
-
-@pytest.fixture
-def folder_of():
-    return lambda config: Path(config.output_dir) / run_id(config)
-
-
-@pytest.fixture
-def adapter(tmp_path, llama_folder) -> Path:
-    """A LoRA adapter that changes what the tiny Llama says."""
-    torch.manual_seed(1)
-    base = AutoModelForCausalLM.from_pretrained(llama_folder)
-    config = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
-    model = get_peft_model(base, config)
-    for name, factor in model.named_parameters():
-        if "lora_" in name:
-            factor.data.mul_(20)
-    model.save_pretrained(tmp_path / "given")
-    return tmp_path / "given"
-
-
-def test_without_training_the_start_is_the_result(small, run, folder_of):
+def test_without_training_the_start_is_the_result(small, run):
     config = small("train=none")
     record = run(config)
     assert record["train"]["steps"] == 0
@@ -115,13 +79,6 @@ def test_the_seed_of_a_head_that_starts_at_random_is_read(small, adapter):
     assert run_id(small(*head, "model.seed=3")) != run_id(small(*head))
 
 
-@pytest.mark.parametrize("peft", [[], ["peft=full_ft", "init=lora"]])
-def test_the_base_under_a_given_adapter_is_frozen_whatever_peft_says(small, adapter, peft):
-    config = small(f"evaluate.adapter={adapter}", "model.bf16=true", *peft)
-    assert base_dtype(config) == (torch.bfloat16 if has_bf16() else torch.float32)
-    assert run_id(config) == run_id(small(f"evaluate.adapter={adapter}", "model.bf16=true"))
-
-
 def test_seeds_that_change_no_reply_are_not_counted_as_runs(small, run, adapter):
     """The base model is the base model, whatever the seed of its untrained adapter."""
     names = [run(small("train=none", "init=lora", f"seed={seed}"))["run_id"] for seed in (0, 1, 2)]
@@ -170,215 +127,6 @@ def test_a_gradient_without_training_rows_is_refused(small, run, copy_of, rows_f
 def test_full_fine_tuning_without_training_is_refused(small):
     with pytest.raises(InputError, match="train=none init=lora"):
         small("train=none", "peft=full_ft", "init=lora")
-
-
-def test_an_adapter_that_is_there_is_evaluated_as_it_is(small, run, adapter, folder_of):
-    base = run(small("train=none", "init=lora"))
-    config = small(f"evaluate.adapter={adapter}")
-    record = run(config)
-    assert record["method"] == "adapter"
-    assert record["adapter"] == {
-        "path": str(adapter),
-        "sha256": sha256((adapter / "adapter_model.safetensors").read_bytes()).hexdigest(),
-        "base": config.model.name,
-    }
-    assert record["train"]["steps"] == 0
-    assert "export" not in record
-    ours, theirs = folder_of(config), Path(config.output_dir) / base["run_id"]
-    assert {row["reply"] for row in predictions(ours)} != {
-        row["reply"] for row in predictions(theirs)
-    }
-    assert not (ours / "adapter").exists()
-    assert run(config) == record  # finished: not done again
-
-
-def test_what_a_run_exports_evaluates_to_what_the_run_says(small, run, folder_of):
-    config = small("init=pissa", "model.learning_rate=1e-2")
-    record = run(config)
-    exported = folder_of(config) / "adapter"
-    again = run(small(f"evaluate.adapter={exported}"))
-    replies = [row["reply"] for row in predictions(Path(config.output_dir) / again["run_id"])]
-    assert replies == [row["reply"] for row in predictions(folder_of(config))]
-    assert again["run_id"] != record["run_id"]
-
-
-def test_an_adapter_that_was_replaced_is_evaluated_again(small, run, adapter):
-    config = small(f"evaluate.adapter={adapter}")
-    first = run(config)
-    file = adapter / "adapter_model.safetensors"
-    raw = bytearray(file.read_bytes())
-    raw[-2] ^= 1
-    file.write_bytes(bytes(raw))
-    second = run(config)
-    assert second["adapter"]["sha256"] != first["adapter"]["sha256"]
-
-
-def test_an_adapter_without_a_model_means_its_own_base(adapter, llama_folder, compose, tmp_path):
-    overrides, notes = translate([f"evaluate.adapter={adapter}"])
-    assert compose(*overrides).model.name == str(llama_folder)
-    assert f"model.name={llama_folder}" in notes[0]
-    overrides, notes = translate([f"evaluate.adapter={adapter}", "model=llama"])
-    assert compose(*overrides).model.name == "meta-llama/Llama-2-7b-hf"
-    settings = json.loads((adapter / "adapter_config.json").read_text())
-    settings["base_model_name_or_path"] = None
-    (adapter / "adapter_config.json").write_text(json.dumps(settings))
-    with pytest.raises(InputError, match=r"add model\.name=<its base>"):
-        translate([f"evaluate.adapter={adapter}"])
-
-
-def test_an_adapter_that_cannot_be_used_is_refused_before_anything_is_written(
-    small, run, adapter, llama_folder, tmp_path
-):
-    with pytest.raises(InputError, match="there is no such folder"):
-        run(small(f"evaluate.adapter={tmp_path / 'nowhere'}"))
-    with pytest.raises(
-        InputError, match=r"no adapter_config\.json.*model\.name=<folder> train=none"
-    ):
-        run(small(f"evaluate.adapter={llama_folder}"))
-    with pytest.raises(InputError, match=r"does not fit model\.name=.*lora_A\.weight is \(4, 32\)"):
-        run(small(f"evaluate.adapter={adapter}", f"model.name={ROOT / 'data' / 'tiny_llama'}"))
-    settings = json.loads((adapter / "adapter_config.json").read_text())
-    (adapter / "adapter_config.json").write_text(json.dumps(settings | {"peft_type": "IA3"}))
-    with pytest.raises(InputError, match="a IA3 adapter; expected LORA"):
-        run(small(f"evaluate.adapter={adapter}"))
-    (adapter / "adapter_config.json").write_text(json.dumps(settings | {"lora_alpha": "8"}))
-    with pytest.raises(InputError, match=r"PEFT cannot make an adapter .*\(TypeError"):
-        run(small(f"evaluate.adapter={adapter}"))
-    (adapter / "adapter_config.json").write_text(json.dumps(settings | {"task_type": ["x"]}))
-    with pytest.raises(InputError, match=r"has task_type=\['x'\]; expected a text"):
-        read_adapter(adapter)
-    (adapter / "adapter_config.json").write_bytes(b'{"peft_type": "\xff"}')
-    with pytest.raises(InputError, match=r"adapter_config\.json cannot be read"):
-        read_adapter(adapter)
-    (adapter / "adapter_config.json").write_text(json.dumps(settings))
-    (adapter / "adapter_model.safetensors").write_text("version https://git-lfs.github.com/spec/v1")
-    with pytest.raises(InputError, match=r"adapter_model\.safetensors is damaged"):
-        run(small(f"evaluate.adapter={adapter}"))
-    assert not Path(small().output_dir).exists()
-
-
-def test_a_base_with_an_adapter_beside_it_is_refused(small, run, adapter, llama_folder, tmp_path):
-    both = shutil.copytree(llama_folder, tmp_path / "both")
-    shutil.copytree(adapter, both, dirs_exist_ok=True)
-    config = small(f"model.name={both}")
-    with pytest.raises(InputError, match="beside the weights lies an adapter"):
-        run(config)
-    assert not Path(config.output_dir).exists()
-
-
-def test_an_adapter_that_lacks_a_module_it_says_it_trained_is_refused(small, run, adapter):
-    settings = json.loads((adapter / "adapter_config.json").read_text())
-    settings["modules_to_save"] = ["lm_head"]
-    (adapter / "adapter_config.json").write_text(json.dumps(settings))
-    with pytest.raises(InputError, match=r"lacks .*lm_head.*modules_to_save"):
-        run(small(f"evaluate.adapter={adapter}"))
-
-
-class Killed(BaseException):
-    """What a kill looks like to code that is being killed: nothing catches it."""
-
-
-def _kill_after(monkeypatch, batches: int):
-    original = Arithmetic.judge
-    judged = []
-
-    def judge(self, replies, examples):
-        if len(judged) == batches:
-            raise Killed
-        judged.extend(example.row_id for example in examples[:1])
-        return original(self, replies, examples)
-
-    monkeypatch.setattr(Arithmetic, "judge", judge)
-    return lambda: monkeypatch.setattr(Arithmetic, "judge", original)
-
-
-@pytest.fixture
-def count_prompts(monkeypatch):
-    """Notes which rows are generated."""
-    asked = []
-    original = TransformersEngine.reply
-
-    def reply(self, examples, *rest):
-        asked.append([example.row_id for example in examples])
-        return original(self, examples, *rest)
-
-    monkeypatch.setattr(TransformersEngine, "reply", reply)
-    return asked
-
-
-EVALUATIONS = {
-    "one step": ["train=none"],
-    "trained": [],
-    "samples": ["train=none", "evaluation.samples=2", "evaluation.temperature=0.8"],
-}
-
-
-@pytest.mark.parametrize("overrides", EVALUATIONS.values(), ids=EVALUATIONS.keys())
-def test_a_killed_evaluation_goes_on_where_it_stopped(
-    small, run, folder_of, monkeypatch, count_prompts, capsys, tmp_path, overrides
-):
-    whole = small(*overrides, f"output_dir={tmp_path / 'whole'}")
-    expected = run(whole)
-    rows = predictions(folder_of(whole))
-
-    config = small(*overrides, "evaluation.batch_size=2")
-    revive = _kill_after(monkeypatch, 2)
-    with pytest.raises(Killed):
-        run(config)
-    revive()
-    (part,) = folder_of(config).glob("predictions.jsonl.part-*")
-    kept = [json.loads(line)["row_id"] for line in part.read_text().splitlines()[1:]]
-    assert len(kept) == 4
-    part.write_text(part.read_text() + '{"row_id": "te')  # the batch that was being written
-
-    count_prompts.clear()
-    capsys.readouterr()
-    resumed = run(config)
-    assert len(count_prompts[0]) == len(rows) - 4
-    said = capsys.readouterr().out
-    assert f"eval: 4 of {len(rows)} replies are there already" in said
-    assert "line 6 is torn; 1 line(s) are made again" in said
-    assert predictions(folder_of(config)) == rows
-    assert untimed(resumed["metrics"]) == untimed(expected["metrics"])
-    assert not list(folder_of(config).glob("*.part*"))
-
-
-def test_replies_of_other_weights_are_made_again(
-    small, run, folder_of, monkeypatch, count_prompts, capsys, copy_of, llama_folder
-):
-    base = copy_of(llama_folder)
-    config = small("train=none", "init=lora", f"model.name={base}", "evaluation.batch_size=2")
-    revive = _kill_after(monkeypatch, 2)
-    with pytest.raises(Killed):
-        run(config)
-    revive()
-    model = AutoModelForCausalLM.from_pretrained(base)
-    model.model.norm.weight.data.mul_(1.5)
-    model.save_pretrained(base)
-    count_prompts.clear()
-    assert run(config)["metrics"]["n"] == len(count_prompts[0]) == 6
-    assert (
-        "holds 4 replies of other weights or settings; they are not used" in capsys.readouterr().out
-    )
-
-
-def test_replies_found_again_are_judged_by_the_present_scorer(
-    small, run, folder_of, monkeypatch, count_prompts
-):
-    config = small("train=none", "init=lora", "evaluation.batch_size=2")
-    revive = _kill_after(monkeypatch, 2)
-    with pytest.raises(Killed):
-        run(config)
-    revive()
-    repaired = {"parsed": "1", "correct": True}
-    names = Arithmetic.scorers
-    monkeypatch.setattr(Arithmetic, "score", lambda *_: dict.fromkeys(names, repaired))
-    count_prompts.clear()
-    assert run(config)["metrics"]["accuracy"] == 1.0
-    assert len(count_prompts[0]) == 2
-    assert all(
-        row["scores"] == dict.fromkeys(names, repaired) for row in predictions(folder_of(config))
-    )
 
 
 class Programs(Arithmetic):
@@ -431,7 +179,7 @@ def test_a_weaker_sandbox_is_said_before_anything_is_generated(programs, run, mo
         run(programs("evaluation.allow_code_execution=true", "seed=7"))
 
 
-def test_replies_can_be_written_without_being_judged(programs, run, monkeypatch, folder_of, capsys):
+def test_replies_can_be_written_without_being_judged(programs, run, monkeypatch, capsys):
     monkeypatch.setattr(Task, "judge", None)
     config = programs("evaluation.generate_only=true")
     record = run(config)
@@ -525,114 +273,6 @@ def test_vllm_gets_the_memory_of_a_training_that_is_over(small, monkeypatch):
         assert evaluation.make_engine(config, plan, torch.nn.Linear(1, 1), Path()) is None
     finally:
         gc.enable()
-
-
-@pytest.mark.slow
-def test_a_process_that_was_killed_outright_loses_no_row_it_had_made(llama_folder, tmp_path):
-    def start(place: str) -> subprocess.Popen:
-        overrides = [
-            "train=none",
-            "init=lora",
-            f"model.name={llama_folder}",
-            f"output_dir={tmp_path / place}",
-            "dataset.test_rows=40",
-            "dataset.max_new_tokens=32",
-            "peft.lora_r=4",
-            "evaluation.batch_size=1",
-        ]
-        return subprocess.Popen(
-            [sys.executable, str(ROOT / "run_exp.py"), *overrides],
-            env=os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-
-    def finish(process: subprocess.Popen) -> str:
-        said, _ = process.communicate()
-        assert process.returncode == 0
-        return said
-
-    def count_made() -> int:
-        """Rows that are whole, beside the line of the fingerprint."""
-        for part in (tmp_path / "killed").glob("*/predictions.jsonl.part-0"):
-            try:
-                return part.read_text().count("\n") - 1
-            except FileNotFoundError:  # the evaluation was done between the two looks
-                break
-        return -1
-
-    killed = start("killed")
-    while killed.poll() is None and count_made() < 5:
-        time.sleep(0.02)
-    killed.kill()
-    killed.communicate()
-    assert killed.returncode == -signal.SIGKILL, "it was done before it could be killed"
-    made = count_made()
-    assert 5 <= made < 40
-    assert f"eval: {made} of 40 replies are there already" in finish(start("killed"))
-    finish(start("whole"))
-    (first,), (second,) = ((tmp_path / p).glob("arithmetic-*") for p in ("killed", "whole"))
-    assert predictions(first) == predictions(second)
-
-
-@pytest.mark.slow
-def test_two_ranks_score_every_row_once_and_go_on_where_they_were_killed(
-    llama_folder, rows_folder, tmp_path
-):
-    def evaluate(*launcher: str):
-        place = tmp_path / f"{len(launcher)}"
-        overrides = [
-            "train=none",
-            "init=lora",
-            f"model.name={llama_folder}",
-            f"dataset.path={rows_folder}",
-            f"output_dir={place}",
-            "dataset.max_new_tokens=6",
-            "peft.lora_r=4",
-            "evaluation.samples=3",
-            "evaluation.temperature=0.9",
-            "evaluation.batch_size=2",
-        ]
-        answer = subprocess.run(
-            [sys.executable, *launcher, str(ROOT / "run_exp.py"), *overrides],
-            env=os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        assert answer.returncode == 0, answer.stderr
-        (folder,) = place.glob("arithmetic-*")
-        return answer.stdout, json.loads((folder / "run.json").read_text()), folder
-
-    def both():
-        return evaluate("-m", "torch.distributed.run", "--nproc-per-node=2")
-
-    def check(record: dict, folder: Path) -> None:
-        rows = predictions(folder)
-        assert len({(row["row_id"], row["sample"]) for row in rows}) == len(rows) == 18
-        assert rows == predictions(expected)
-        assert untimed(record["metrics"]) == untimed(alone["metrics"])
-        assert not list(folder.glob("*.part*"))
-
-    _, alone, expected = evaluate()
-    said, record, folder = both()
-    assert said.count("done: accuracy") == 1
-    check(record, folder)
-
-    # As two ranks leave it that were killed: no final file, some rows in two parts.
-    (folder / "run.json").write_text(json.dumps(record | {"status": "failed"}))
-    lines = (folder / "predictions.jsonl").read_text().splitlines(keepends=True)
-    (folder / "predictions.jsonl").unlink()
-    header = json.dumps({"fingerprint": _fingerprint(folder)}) + "\n"
-    for rank, mine in enumerate((lines[:5], lines[7:9])):
-        (folder / f"predictions.jsonl.part-{rank}").write_text(header + "".join(mine))
-    said, record, folder = both()
-    assert "eval: 7 of 18 replies are there already" in said
-    check(record, folder)
-
-
-def _fingerprint(folder: Path) -> str:
-    return json.loads((folder / "run.json").read_text())["evaluation"]["fingerprint"]
 
 
 def test_the_loss_of_the_test_rows_is_that_of_the_exported_adapter_on_their_targets(

@@ -16,6 +16,8 @@ from lora_one.harness.models.base import load_base
 from lora_one.harness.plan import make_plan
 from lora_one.tasks import create_task
 
+from .evaluated import predictions
+
 DATA = Path(__file__).resolve().parents[3] / "shared" / "data"
 
 
@@ -81,10 +83,6 @@ def _folder(config, record) -> Path:
     return Path(config.output_dir) / record["run_id"]
 
 
-def _predictions(folder: Path) -> list[dict]:
-    return [json.loads(line) for line in (folder / "predictions.jsonl").read_text().splitlines()]
-
-
 def test_a_tiny_t5_learns_the_label_words_of_real_sst2_rows(settings, run, t5_folder, sst2):
     config = settings(
         t5_folder,
@@ -107,7 +105,7 @@ def test_a_tiny_t5_learns_the_label_words_of_real_sst2_rows(settings, run, t5_fo
     names = ("accuracy", "accuracy_exact", "accuracy_choice", "unparsed_exact", "unparsed_choice")
     assert all(0 <= metrics[name] <= 1 for name in names)
     assert metrics["unparsed_choice"] == 0
-    rows = _predictions(_folder(config, record))
+    rows = predictions(_folder(config, record))
     assert len(rows) == 24
     for row in rows:
         assert len(row["choice_log_probabilities"]) == 2
@@ -142,7 +140,7 @@ def test_an_encoder_with_a_head_learns_and_its_export_gives_the_same_logits(
     assert metrics["accuracy_exact"] == metrics["accuracy_choice"]
     assert metrics["unparsed"] == 0
     folder = _folder(config, record)
-    assert {row["reply"] for row in _predictions(folder)} <= set(create_task("rte").labels)
+    assert {row["reply"] for row in predictions(folder)} <= set(create_task("rte").labels)
 
     # What a reader of the adapter's card does gives the predictions of the run.
     torch.manual_seed(1)  # another random head, which the adapter replaces
@@ -150,7 +148,7 @@ def test_an_encoder_with_a_head_learns_and_its_export_gives_the_same_logits(
     model = PeftModel.from_pretrained(base, folder / "adapter").eval()
     tokenizer = AutoTokenizer.from_pretrained(roberta_folder)
     for example, row in zip(
-        create_task("rte", path=pairs / "rte").load("test"), _predictions(folder), strict=True
+        create_task("rte", path=pairs / "rte").load("test"), predictions(folder), strict=True
     ):
         with torch.no_grad():
             logits = model(**tokenizer(*example.texts, return_tensors="pt")).logits[0]
@@ -178,7 +176,7 @@ def test_a_score_is_learnt_by_regression(settings, run, roberta_folder, pairs):
     assert record["losses"]["validation"] < record["losses"]["base_validation"]
     assert record["primary_metric"] == "pearson"
     assert -1 <= record["metrics"]["pearson"] <= 1
-    assert all(0 <= float(row["reply"]) <= 5 for row in _predictions(_folder(config, record)))
+    assert all(0 <= float(row["reply"]) <= 5 for row in predictions(_folder(config, record)))
 
 
 def test_bert_reads_real_sst2_rows(settings, run, tmp_path, sst2, sentences):
@@ -276,7 +274,7 @@ def test_a_trained_head_is_evaluated_again_from_its_adapter(settings, run, rober
     again = settings(roberta_folder, pairs / "rte", *given, f"evaluate.adapter={adapter}")
     second = run(again)
     for one, other in zip(
-        _predictions(_folder(config, first)), _predictions(_folder(again, second)), strict=True
+        predictions(_folder(config, first)), predictions(_folder(again, second)), strict=True
     ):
         assert one["reply"] == other["reply"]
         assert one["choice_log_probabilities"] == pytest.approx(
