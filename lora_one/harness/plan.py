@@ -16,16 +16,13 @@ from lora_one.harness.console import quiet_libraries
 from lora_one.harness.data.rows import Batch, Data, init_batches, load_data
 from lora_one.harness.distributed.parallelism import require_launcher, require_whole_weights
 from lora_one.harness.evaluation import check_engine
-from lora_one.harness.models.base import (
+from lora_one.harness.models.adapter import (
     TASK_TYPES,
-    Base,
     adapter_config,
     check_rank,
-    find_base,
-    load_tokenizer,
-    skeleton,
     target_shapes,
 )
+from lora_one.harness.models.base import Base, find_base, load_tokenizer, skeleton
 from lora_one.harness.training.diagnostics import choose_layers, reference_batches
 from lora_one.harness.training.loop import Schedule, plan_steps
 from lora_one.numerics.methods import METHODS

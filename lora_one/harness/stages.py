@@ -26,13 +26,8 @@ from lora_one.harness.distributed import fsdp
 from lora_one.harness.distributed.devices import device, require_devices
 from lora_one.harness.distributed.peers import agree
 from lora_one.harness.distributed.ranks import connect, is_main, rank, world_size
-from lora_one.harness.models.base import (
-    base_dtype,
-    has_bf16,
-    load_base,
-    trained_in_full,
-    weights_fingerprint,
-)
+from lora_one.harness.models.adapter import trained_in_full
+from lora_one.harness.models.base import base_dtype, has_bf16, load_base, weights_fingerprint
 from lora_one.harness.plan import Plan
 from lora_one.harness.records.folder import other_diagnostics
 from lora_one.harness.records.provenance import provenance

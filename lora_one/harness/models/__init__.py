@@ -1,1 +1,1 @@
-"""Base models: which files, which revision, tokenizer, weights."""
+"""Base models: which files, which revision, tokenizer, weights; and the adapter on top."""

@@ -11,7 +11,7 @@ from lora_one.errors import InputError
 from lora_one.harness.config.given_adapter import SETTINGS, WEIGHTS
 from lora_one.harness.config.schema import Config
 from lora_one.harness.distributed.ranks import rank, world_size
-from lora_one.harness.models.base import attach_adapter, with_ranks
+from lora_one.harness.models.adapter import attach_adapter, with_ranks
 from lora_one.harness.plan import Plan
 from lora_one.harness.resuming.checkpoint import Checkpoint
 from lora_one.harness.resuming.training_state import load_model, stored_ranks

@@ -10,7 +10,7 @@ from torch import nn
 
 from lora_one import create_preconditioned_optimizer
 from lora_one.harness.config.schema import Config
-from lora_one.harness.models.base import trainable_parameters
+from lora_one.harness.models.adapter import trainable_parameters
 
 
 def create_optimizer(config: Config, model: nn.Module) -> torch.optim.Optimizer:
