@@ -124,14 +124,35 @@ def _is_data(name: str) -> bool:
 
 
 def _declared(snapshot: Snapshot) -> list[dict[str, Any]]:
-    """Return the ``configs`` in the README's header that name files."""
+    """Return the ``configs`` in the README's header that name files.
+
+    Raises:
+        InputError: The header is no YAML, or the ``configs`` are no list of mappings with names.
+    """
     from huggingface_hub import metadata_load
+    from yaml import YAMLError
 
     readme = snapshot.folder / README
     if not readme.is_file():
         return []
-    header = metadata_load(readme) or {}
-    return [entry for entry in header.get("configs") or [] if entry.get("data_files")]
+    try:
+        header = metadata_load(readme) or {}
+    except (YAMLError, ValueError) as error:
+        raise _malformed(snapshot.repository, " ".join(str(error).split())) from None
+    configs = header.get("configs") or []
+    if not isinstance(configs, list) or not all(isinstance(entry, dict) for entry in configs):
+        raise _malformed(snapshot.repository, "configs is no list of mappings")
+    declared = [entry for entry in configs if entry.get("data_files")]
+    if not all(isinstance(entry.get("config_name"), str) for entry in declared):
+        raise _malformed(snapshot.repository, "an entry of configs has no config_name")
+    return declared
+
+
+def _malformed(hub_id: str, reason: str) -> InputError:
+    return InputError(
+        f"the README of the dataset '{hub_id}' says which files a split has, and cannot be read: "
+        f"{reason}. Download the files and pass dataset.path=<file or folder>."
+    )
 
 
 def _patterns(
@@ -141,6 +162,8 @@ def _patterns(
     folder = entry.get("data_dir")
     by_split: dict[str, list[str]] = {}
     for name, patterns in _pairs(entry["data_files"]):
+        if not all(isinstance(text, str) for text in (name, *patterns)):
+            raise _malformed(hub_id, f"data_files of {entry['config_name']} are no paths by split")
         by_split.setdefault(name, []).extend(patterns)
     if split not in by_split:
         raise InputError(
@@ -167,20 +190,21 @@ def _choose_config(
     return chosen[0]
 
 
-def _pairs(data_files: Any) -> Iterator[tuple[str, list[str]]]:
-    """Yield (split, patterns) from every form in which a README may write ``data_files``."""
+def _pairs(data_files: Any) -> Iterator[tuple[Any, list[Any]]]:
+    """Yield (split, patterns) from every form in which a README may write ``data_files``.
+
+    What has no such form comes as it is: other things than texts.
+    """
     if isinstance(data_files, Mapping):
         for split, path in data_files.items():
-            yield split, [path] if isinstance(path, str) else list(path)
-    elif isinstance(data_files, str):
-        yield "train", [data_files]
-    else:
-        for entry in data_files:
-            if isinstance(entry, str):
-                yield "train", [entry]
-            else:
-                path = entry["path"]
-                yield entry["split"], [path] if isinstance(path, str) else list(path)
+            yield split, path if isinstance(path, list) else [path]
+        return
+    for entry in data_files if isinstance(data_files, list) else [data_files]:
+        if isinstance(entry, Mapping):
+            path = entry.get("path")
+            yield entry.get("split"), path if isinstance(path, list) else [path]
+        else:
+            yield "train", [entry]
 
 
 def _match(files: Sequence[str], patterns: Sequence[str]) -> list[str]:

@@ -196,6 +196,28 @@ def test_files_are_found_in_every_layout(tmp_path, header, files, config, split,
     assert split_names(snapshot, config, split) == expected
 
 
+MALFORMED = {
+    "configs: [a": "while parsing a flow sequence",
+    "- a list": "should be a dict",
+    "configs: main": "no list of mappings",
+    "configs: [main]": "no list of mappings",
+    "configs: [{data_files: a.json}]": "no config_name",
+    "configs: [{config_name: a, data_files: [{path: a.json}]}]": "data_files of a are no paths",
+    "configs: [{config_name: a, data_files: [{split: train}]}]": "data_files of a are no paths",
+    "configs: [{config_name: a, data_files: 3}]": "data_files of a are no paths",
+    "configs: [{config_name: a, data_files: {train: [1]}}]": "data_files of a are no paths",
+}
+
+
+@pytest.mark.parametrize(("header", "reason"), MALFORMED.items())
+def test_a_readme_that_cannot_be_read_is_refused_in_one_line(tmp_path, header, reason):
+    (tmp_path / "README.md").write_text(f"---\n{header}\n---\n")
+    snapshot = Snapshot("a/b", "dataset", "0" * 40, tmp_path, {"a.json": 1})
+    with pytest.raises(InputError, match=f"README of the dataset 'a/b' .*{reason}") as error:
+        split_names(snapshot, None, "train")
+    assert "\n" not in str(error.value)
+
+
 def test_a_repository_without_the_split_lists_its_files(tmp_path):
     snapshot = Snapshot("a/b", "dataset", "0" * 40, tmp_path, {"train.json": 1, "test.json": 1})
     with pytest.raises(InputError, match=r"no file for the split 'validation'.*test.json, train"):
