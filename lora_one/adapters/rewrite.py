@@ -120,12 +120,12 @@ def write_stored(adapter: StoredAdapter, path: Path, note: str) -> None:
         for pair in zip(layer.keys, (layer.B, layer.A), strict=True)
     ]
     card = adapter.path / _CARD
-    text = card.read_text() if card.is_file() else None
+    text = card.read_bytes() if card.is_file() else None
 
     def save_settings(folder: Path) -> None:
         (folder / SETTINGS).write_text(json.dumps(adapter.config, indent=2, sort_keys=True))
         if text is not None:
-            (folder / _CARD).write_text(f"{text.rstrip()}\n\n{note}\n")
+            (folder / _CARD).write_bytes(text.rstrip() + f"\n\n{note}\n".encode())
 
     write_folder(path, {**adapter.others, **dict(factors)}, adapter.header, save_settings)
 

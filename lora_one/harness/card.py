@@ -66,7 +66,8 @@ def licence(name: str, revision: str | None) -> str | None:
     card = None if folder is None else folder / "README.md"
     if card is None or not card.is_file():
         return None
-    front_matter = re.match(r"---\n(.*?)\n---", card.read_text(encoding="utf-8"), re.DOTALL)
+    text = card.read_text(encoding="utf-8", errors="replace")
+    front_matter = re.match(r"---\n(.*?)\n---", text, re.DOTALL)
     found = front_matter and re.search(r"^license:\s*(\S+)\s*$", front_matter[1], re.MULTILINE)
     return found[1].strip("\"'") if found else None
 

@@ -90,6 +90,7 @@ def test_a_runs_card(small, run, llama_folder, hub, tmp_path):
     ("card", "expected"),
     [
         ("---\nlicense: mit\n---\n", "mit"),
+        ("---\nlicense: mit\n---\nAm\xe9lie's\n", "mit"),
         ('---\ntags: [a]\nlicense: "cc-by-4.0" \n---\n', "cc-by-4.0"),
         ("---\ntags: [a]\n---\nlicense: mit\n", None),
         ("license: mit\n", None),
@@ -99,5 +100,5 @@ def test_a_runs_card(small, run, llama_folder, hub, tmp_path):
 )
 def test_the_licence_is_read_from_the_front_matter_only(card, expected, tmp_path):
     if card is not None:
-        (tmp_path / "README.md").write_text(card)
+        (tmp_path / "README.md").write_text(card, encoding="latin-1")
     assert licence(str(tmp_path), None) == expected
