@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_one.reports.figure import rounded
-from lora_one.reports.records import Run
+from lora_one.reports.records import Run, is_number
 from lora_one.reports.traces import Curve, Points, Trace, curve
 
 
@@ -178,11 +178,11 @@ def _short(value: Any, detail: Detail) -> str | None:
 def _layer(layer: Mapping[str, Any]) -> dict[str, Any]:
     """Keep what the page shows of a layer, its numbers to five digits."""
     values = layer.get("singular_values")
-    numbers = [value for value in values if _is_number(value)] if _is_list(values) else []
+    numbers = [value for value in values if is_number(value)] if _is_list(values) else []
     kept = {
         key: float(f"{layer[key]:.5g}")
         for key in ("next_singular_value", "svd_error", "captured_energy", "norm_ratio")
-        if _is_number(layer.get(key))
+        if is_number(layer.get(key))
     }
     return kept | {
         "name": str(layer.get("name")),
@@ -211,7 +211,3 @@ def _curve(drawn: Curve) -> dict[str, Any]:
 
 def _is_list(value: Any) -> bool:
     return isinstance(value, list)
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e300

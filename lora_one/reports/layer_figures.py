@@ -8,7 +8,7 @@ import numpy as np
 from lora_one.harness.config.schema import GRADIENT_METHODS
 from lora_one.reports.arms import Arm
 from lora_one.reports.figure import Evidence, Figure, Series
-from lora_one.reports.records import Run
+from lora_one.reports.records import Run, is_number
 from lora_one.reports.traces import Points, Trace, median_over_layers
 
 # Singular values below this part of the largest are rounding.
@@ -31,7 +31,7 @@ def _spectrum(layer: Mapping[str, Any]) -> list[float]:
     values = layer.get("singular_values") or []
     following = layer.get("next_singular_value")
     values = [*values, *([] if following is None else [following])]
-    if not values or not all(isinstance(value, int | float) for value in values) or values[0] <= 0:
+    if not values or not all(map(is_number, values)) or values[0] <= 0:
         return []
     return [value / values[0] for value in values]
 

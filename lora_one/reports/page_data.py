@@ -8,7 +8,7 @@ from lora_one.reports.comparison import Block, Row
 from lora_one.reports.figure import Figure, to_json
 from lora_one.reports.groups import Group
 from lora_one.reports.published import Number, as_printed, matching
-from lora_one.reports.records import Run, is_trained
+from lora_one.reports.records import Run, is_number, is_trained
 from lora_one.reports.statistics import RULE, mean, mean_of, sd
 from lora_one.reports.style import DARK, DASHES, LIGHT, colour_indices, hues
 from lora_one.reports.table import Results
@@ -196,5 +196,4 @@ def _text(value: Any) -> str | None:
 
 
 def _number(value: Any) -> float | int | None:
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    return value if is_number and abs(value) < 1e300 else None
+    return value if is_number(value) else None

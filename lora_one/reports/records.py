@@ -51,7 +51,12 @@ class _Lenient(BaseModel):
 
 class _Phase(_Lenient):
     seconds: float
-    peak_memory_bytes: int
+    # A Python integer may be larger than any float, and no table could show it.
+    peak_memory_bytes: int = Field(lt=2**63)
+
+
+class _Init(_Lenient):
+    seconds: float | None = None
 
 
 class _Losses(_Lenient):
@@ -66,6 +71,7 @@ class _Finished(_Lenient):
     metrics: dict[str, Any]
     losses: _Losses
     phases: dict[str, _Phase] = Field(min_length=1)
+    init: _Init | None = None
 
 
 class _Loader(yaml.CSafeLoader):
@@ -150,7 +156,7 @@ def _defect(record: dict[str, Any], settings: dict[str, Any]) -> str | None:
     if not settings:
         return "there is no config.yaml"
     value = finished.metrics.get(finished.primary_metric)
-    if value is not None and not _is_number(value):
+    if value is not None and not is_number(value):
         return f"run.json says finished, but {finished.primary_metric} is {value!r}"
     return _unreadable_setting(settings)
 
@@ -164,7 +170,7 @@ def _unreadable_setting(settings: dict[str, Any]) -> str | None:
         return None
     if not isinstance(settings.get("optimizer.name"), str):
         return "config.yaml names no optimizer.name"
-    if not _is_number(settings.get("model.learning_rate")):
+    if not is_number(settings.get("model.learning_rate")):
         return "config.yaml gives no number as model.learning_rate"
     return None
 
@@ -174,7 +180,8 @@ def is_trained(settings: dict[str, Any]) -> bool:
     return settings.get("train") != "none" and settings.get("evaluate.adapter") is None
 
 
-def _is_number(value: Any) -> bool:
+def is_number(value: Any) -> bool:
+    """Tell whether a value is a number that a table or a plot can show."""
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e300
 
 

@@ -62,7 +62,8 @@ def folder(tmp_path_factory, write_run):
                     "stop_reason": "length",
                 }
             ]
-            init = {"method": method, "equation": HOSTILE, "layers": [layer]}
+            huge = {"name": "layer.1", "singular_values": [10**400, 1]}  # no float is as large
+            init = {"method": method, "equation": HOSTILE, "layers": [layer, huge]}
             for rate, penalty in ((1e-3, 0.0), (2e-3, 0.1)):
                 write_run(
                     root,

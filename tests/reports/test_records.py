@@ -24,6 +24,11 @@ UNBELIEVABLE = {
     "score is text": ({"metrics": {"accuracy": "0.9", "n": 1}}, "accuracy is '0.9'"),
     "score is true": ({"metrics": {"accuracy": True, "n": 1}}, "accuracy is True"),
     "no phases": ({"phases": {}}, "phases"),
+    "more bytes than a float holds": (
+        {"phases": {"load": {"seconds": 1.0, "peak_memory_bytes": 10**400}}},
+        "phases.load.peak_memory_bytes",
+    ),
+    "more seconds than a float holds": ({"init": {"seconds": 10**400}}, "init.seconds"),
     "no losses": ({"losses": {}}, "losses.validation"),
     "no method": ({"method": 3}, "method"),
     "unknown status": ({"status": "done"}, "status 'done'"),
