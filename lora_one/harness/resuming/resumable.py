@@ -34,6 +34,7 @@ from lora_one.harness.resuming.training_state import (
     unpack_loss,
 )
 from lora_one.harness.training.order import Order
+from lora_one.tasks.encoding import IGNORED
 
 PROGRESS = "progress.json"
 
@@ -114,6 +115,13 @@ class ResumableTrainer(Trainer):
         # One process has nobody to wait for: its last micro-batch of an epoch is a smaller one.
         per_pass = self.args.per_device_train_batch_size * ranks if ranks > 1 else 1
         return Order(len(self.train_dataset), per_pass, self.args.data_seed)
+
+    def _track_num_input_tokens(self, inputs: dict[str, torch.Tensor]) -> None:
+        """Count the tokens of rows, not of those that are blank."""
+        labels = inputs["labels"]
+        taught = (labels != IGNORED).view(len(labels), -1).any(1)
+        mask = inputs["attention_mask"] * taught[:, None]
+        super()._track_num_input_tokens({**inputs, "attention_mask": mask})
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log without the Trainer's own speed, which a resumed run could not repeat."""
