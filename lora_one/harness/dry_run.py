@@ -14,6 +14,7 @@ from lora_one.errors import InputError
 from lora_one.harness.config.schema import Config
 from lora_one.harness.console import make_console, quiet_libraries
 from lora_one.harness.data.rows import make_task, require_consent
+from lora_one.harness.distributed.parallelism import require_plain_launcher
 from lora_one.harness.distributed.ranks import is_main
 from lora_one.harness.models.base import Base, find_base, skeleton
 from lora_one.harness.plan import make_plan, plan_adapter
@@ -71,6 +72,7 @@ def show_plan(configs: Sequence[Config]) -> None:
 
 def foresee(config: Config) -> Outlook:
     """Work out target layers, parameters, steps and memory from configs and skeletons."""
+    require_plain_launcher(config)
     base = find_base(config.model, planning=True, task=TASKS[config.dataset.name])
     adapter, shapes = plan_adapter(config, base)
     choose_layers(config.diagnostics.layers, list(shapes))

@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from lora_one.errors import InputError
 from lora_one.harness.data.rows import init_batches
 from lora_one.harness.distributed import parallelism
+from lora_one.harness.dry_run import show_plan
 from lora_one.harness.records.folder import run_id
 from lora_one.tasks.encoding import Collator, EncodedRows
 
@@ -189,8 +190,6 @@ def test_one_rank_has_nobody_to_share_with(choice, small, run):
 
 
 def test_a_plan_may_be_looked_at_on_one_core(small, capsys):
-    from lora_one.harness.dry_run import show_plan
-
     show_plan([small("parallelism=fsdp2", "dry_run=true")])
     assert "to run" in capsys.readouterr().out
 
@@ -207,8 +206,9 @@ def test_a_launcher_that_shards_by_itself_is_refused(variable, choice, small, ru
 def test_a_launcher_that_asks_for_other_arithmetic_is_refused(variable, small, run, monkeypatch):
     """The Trainer would train in it, and every other stage compute as before."""
     monkeypatch.setenv(variable, "bf16" if "PRECISION" in variable else "INDUCTOR")
-    with pytest.raises(InputError, match=f"the launcher asks accelerate for .*{variable}"):
-        run(small())
+    for act in (run, lambda config: show_plan([config])):
+        with pytest.raises(InputError, match=f"the launcher asks accelerate for .*{variable}"):
+            act(small())
 
 
 @pytest.mark.parametrize(

@@ -64,21 +64,19 @@ def check_parallelism(config: Config) -> None:
         )
 
 
-def require_launcher(config: Config) -> None:
-    """Refuse a launch that contradicts ``parallelism``, before anything is loaded.
+def require_plain_launcher(config: Config) -> None:
+    """Refuse a launcher that has asked accelerate for a plugin or an arithmetic of its own.
 
     Raises:
-        InputError: one rank has nobody to share with, the launcher has asked accelerate for a
-            plugin or an arithmetic of its own, or DeepSpeed is not installed.
+        InputError: it names the variable that says so.
     """
-    chosen = config.parallelism
     for variable, plugin in PLUGINS.items():
         if os.environ.get(variable, "false").lower() in ("true", "1", "yes"):
             raise InputError(
                 f"the launcher asks accelerate for {plugin} ({variable} is set), and "
-                f"parallelism={chosen} decides here. Take it out of accelerate's configuration "
-                "(accelerate_config.yaml shows one), and give parallelism=ddp, fsdp2, zero2 or "
-                "zero3."
+                f"parallelism={config.parallelism} decides here. Take it out of accelerate's "
+                "configuration (accelerate_config.yaml shows one), and give parallelism=ddp, "
+                "fsdp2, zero2 or zero3."
             )
     for variable, (setting, why) in ARITHMETIC.items():
         value = os.environ.get(variable, "no").lower()
@@ -88,6 +86,17 @@ def require_launcher(config: Config) -> None:
                 f"{why}. Start with accelerate launch --{setting} no, or with "
                 "accelerate_config.yaml."
             )
+
+
+def require_launcher(config: Config) -> None:
+    """Refuse a launch that contradicts ``parallelism``, before anything is loaded.
+
+    Raises:
+        InputError: as ``require_plain_launcher``; or one rank has nobody to share with, or
+            DeepSpeed is not installed.
+    """
+    require_plain_launcher(config)
+    chosen = config.parallelism
     if chosen == "ddp":
         return
     if world_size() == 1:
