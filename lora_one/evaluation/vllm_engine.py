@@ -80,7 +80,8 @@ class VllmEngine:
             from vllm.lora.request import LoRARequest
 
             self._request = LoRARequest("adapter", 1, str(Path(adapter).resolve()))
-            lora = {"enable_lora": True, "max_lora_rank": _smallest_rank(adapter), "max_loras": 1}
+            rank = fitting_rank(_largest_rank(adapter))
+            lora = {"enable_lora": True, "max_lora_rank": rank, "max_loras": 1}
         self._llm = self._vllm.LLM(
             model=model,
             revision=revision,
@@ -149,10 +150,17 @@ class VllmEngine:
         )
 
 
-def _smallest_rank(adapter: Path) -> int:
-    """Return the smallest rank that vLLM takes and the adapter fits into."""
+def _largest_rank(adapter: Path) -> int:
     config = json.loads((Path(adapter) / "adapter_config.json").read_text())
-    rank = max([config["r"], *(config.get("rank_pattern") or {}).values()])
+    return max([config["r"], *(config.get("rank_pattern") or {}).values()])
+
+
+def fitting_rank(rank: int) -> int:
+    """Return the smallest rank that vLLM takes and an adapter of this rank fits into.
+
+    Raises:
+        InputError: There is none.
+    """
     fitting = vllm_rank(rank)
     if fitting is None:
         raise InputError(

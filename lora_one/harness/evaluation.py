@@ -38,13 +38,14 @@ from lora_one.evaluation.head import HeadEngine, refuse_sampling
 from lora_one.evaluation.journal import Journal, recover
 from lora_one.evaluation.loss import mean_token_loss
 from lora_one.evaluation.sampling import Sampling
-from lora_one.evaluation.vllm_engine import VllmEngine, require_vllm
+from lora_one.evaluation.vllm_engine import VllmEngine, fitting_rank, require_vllm
 from lora_one.harness.config.given_adapter import GivenAdapter
 from lora_one.harness.config.schema import Config
 from lora_one.harness.console import say, show_progress
 from lora_one.harness.data.rows import batches_of
 from lora_one.harness.distributed.fsdp import own_pace
 from lora_one.harness.distributed.ranks import is_main, rank, world_size
+from lora_one.harness.export import expected_rank
 from lora_one.harness.models.base import Base, base_dtype
 from lora_one.tasks import Task
 from lora_one.tasks.encoding import encode
@@ -185,6 +186,8 @@ def check_engine(config: Config, base: Base, data: "Data", given: GivenAdapter |
             "float32. Give model.bf16=true, on a GPU that has bfloat16, or "
             "evaluation.engine=transformers."
         )
+    if config.peft.use_peft and given is None:
+        fitting_rank(expected_rank(config))
     obstacles = [] if given is None else check_vllm(read_stored(given.path)).obstacles
     if obstacles:
         raise InputError(

@@ -10,10 +10,13 @@ from torch import nn
 from transformers import PreTrainedModel
 
 import lora_one
+from lora_one.evaluation.vllm_engine import fitting_rank
 from lora_one.harness.config.schema import Config
 from lora_one.harness.data.rows import Batch
+from lora_one.harness.models.adapter import ADALORA_START
 from lora_one.harness.models.base import Base, base_dtype, load_base
 from lora_one.harness.records.folder import publish
+from lora_one.numerics.methods import METHODS
 
 # Above this size a second copy of the base model is not loaded only to check an export.
 LARGEST_CHECKED_BASE = 2_000_000_000
@@ -32,12 +35,15 @@ def rehearse_export(
 ) -> None:
     """Export the untrained adapter, check it as after the training, and throw it away.
 
-    An export that cannot work fails here, before the hours of training and not after them.
+    An export that cannot work, or that the engine of the evaluation cannot take, fails here, before
+    the hours of training and not after them.
     """
     if isinstance(model, PeftModel):
         rehearsal = folder / ".adapter_rehearsal"
         try:
-            _export_adapter(config, base, model, rehearsal, probe)
+            facts = _export_adapter(config, base, model, rehearsal, probe)
+            if config.evaluation.engine == "vllm":  # ranks by energy are known only now
+                fitting_rank(facts["rank_range"][1])
         finally:
             shutil.rmtree(rehearsal, ignore_errors=True)
 
@@ -116,6 +122,15 @@ def _reload_difference(
             f"more than the {allowed:.2e} that rounding explains"
         )
     return difference
+
+
+def expected_rank(config: Config) -> int:
+    """Return the rank of the adapter that a run exports, of most layers where ranks differ."""
+    if config.export.rank is not None:
+        return config.export.rank
+    if config.peft.adalora:
+        return round(ADALORA_START * config.peft.lora_r)
+    return config.peft.lora_r * (2 if METHODS[config.init.method].offset else 1)
 
 
 def describe_rank(facts: dict[str, Any]) -> str:

@@ -250,6 +250,25 @@ def test_adapters_that_vllm_would_stop_at_or_scale_otherwise_are_refused(
     assert not Path(config.output_dir).exists()
 
 
+def test_a_rank_that_vllm_has_no_place_for_is_refused_before_the_training(small, run, monkeypatch):
+    monkeypatch.setitem(sys.modules, "vllm", ModuleType("vllm"))
+    monkeypatch.setattr("lora_one.adapters.serving.VLLM_RANKS", (1, 8))
+    asked = ("evaluation.engine=vllm", "model.bf16=true")
+    base, data = SimpleNamespace(architecture="causal"), SimpleNamespace(test=[])
+    for choices, rank in (
+        (["init=pissa", "peft.lora_r=5"], 10),
+        (["init=lora", "peft.lora_r=9"], 9),
+        (["init=lora", "peft=adalora", "peft.lora_r=6"], 9),
+        (["init=lora", "export.rank=11"], 11),
+    ):
+        with pytest.raises(InputError, match=f"rank {rank}, and vLLM takes at most"):
+            evaluation.check_engine(small(*asked, *choices), base, data, None)
+    evaluation.check_engine(small(*asked, "init=pissa", "export.rank=8"), base, data, None)
+    # Which layer gets how many is known when the gradient is.
+    with pytest.raises(InputError, match=r"rank 1[0-9], and vLLM takes at most"):
+        run(small(*asked, "init=lora_one", "peft.lora_r=6", "init.rank_allocation=energy"))
+
+
 def test_vllm_gets_the_memory_of_a_training_that_is_over(small, monkeypatch):
     """A Trainer and its callbacks refer to each other: only a collection frees what they hold."""
 
