@@ -73,9 +73,14 @@ def linear_shape(module: nn.Module) -> tuple[int, int]:
 
 
 def is_quantised(module: nn.Module) -> bool:
-    """Whether the stored weight is other than W itself in a floating dtype of at least 16 bits."""
+    """Whether the stored weight is other than W itself in a floating dtype of at least 16 bits.
+
+    Or is W, and rounded to 8 bits in every pass (bitsandbytes' ``llm_int8_has_fp16_weight``).
+    """
     weight = getattr(module, "weight", None)
     if weight is None or hasattr(module, "W_q") or hasattr(weight, "quant_state"):
+        return True
+    if _is_int8(weight):  # floating with has_fp16_weights
         return True
     return not weight.is_floating_point() or weight.element_size() == 1 or _is_torchao(weight)
 
@@ -88,7 +93,7 @@ def is_readable(module: nn.Module) -> bool:
     weight = getattr(module, "weight", None)
     if not is_quantised(module) or hasattr(module, "W_q") or _is_torchao(weight):
         return True
-    bitsandbytes = type(weight).__name__ in ("Params4bit", "Int8Params")
+    bitsandbytes = type(weight).__name__ == "Params4bit" or _is_int8(weight)
     return bitsandbytes or (_is_fp8(module) and weight.is_floating_point())
 
 
@@ -104,7 +109,9 @@ def base_weight(module: nn.Module) -> Tensor:
 
     Collective where FSDP2 has cut the weight up.
     """
-    if type(getattr(module, "weight", None)).__name__ == "Int8Params":
+    if _is_int8(getattr(module, "weight", None)):
+        if module.weight.is_floating_point():  # has_fp16_weights: the scales are of the last pass
+            return module.weight.detach()
         # PEFT's dequantisation moves the parameter, after which a layer on the CPU has lost its
         # scales. An entry is its integer times its row's largest magnitude / 127.
         scales = module.weight.SCB if module.state.SCB is None else module.state.SCB
@@ -239,6 +246,10 @@ def check_adapter(peft_model: PeftModel, adapter_name: str) -> None:
             f"no adapter named '{adapter_name}'.{nearest(adapter_name, valid)} "
             f"Adapters of this model: {', '.join(valid)}."
         )
+
+
+def _is_int8(weight: Tensor | None) -> bool:
+    return type(weight).__name__ == "Int8Params"
 
 
 def _is_fp8(module: nn.Module) -> bool:

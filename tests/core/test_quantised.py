@@ -13,7 +13,7 @@ from .tiny import adapted, batches_for, logits, perturb, tiny_llama
 bnb = pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
 
 
-def quantised_llama(bits):
+def quantised_llama(bits, *, keeps_weights=False):
     """Replace every linear layer but the head by its bitsandbytes version."""
     # bitsandbytes wants sizes that are multiples of its block.
     model = tiny_llama(hidden_size=64, intermediate_size=128)
@@ -28,10 +28,13 @@ def quantised_llama(bits):
             new.weight = bnb.nn.Params4bit(module.weight.data.clone(), requires_grad=False)
         else:
             new = bnb.nn.Linear8bitLt(
-                module.in_features, module.out_features, has_fp16_weights=False, **sizes
+                module.in_features,
+                module.out_features,
+                has_fp16_weights=keeps_weights,
+                **sizes,
             )
             new.weight = bnb.nn.Int8Params(
-                module.weight.data.clone(), requires_grad=False, has_fp16_weights=False
+                module.weight.data.clone(), requires_grad=False, has_fp16_weights=keeps_weights
             )
         model.set_submodule(name, new.to("cpu"))
     return model
@@ -93,6 +96,21 @@ def test_lora_one_starts_and_trains_on_a_quantised_base(quantised, llama_batches
     loaded = PeftModel.from_pretrained(quantised_llama(bits), tmp_path / "a")
     difference = (logits(loaded, llama_batches[0]) - logits(peft_model, llama_batches[0])).abs()
     assert float(difference.max()) < 1e-3
+
+
+def test_8_bit_layers_that_keep_their_weights_are_read_as_they_are(llama_batches):
+    """They round anew in every pass, which leaves scales behind that W has nothing to do with."""
+    plain, keeping = (
+        tiny_llama(hidden_size=64, intermediate_size=128),
+        quantised_llama(8, keeps_weights=True),
+    )
+    ratios = []
+    for model in (plain, keeping):
+        report = lora_one.initialize(adapted(model), llama_batches, method="lora_one")
+        ratios.append([layer.norm_ratio for layer in report.layers])
+    assert ratios[1] == pytest.approx(ratios[0], rel=1e-2)
+    with pytest.raises(lora_one.InputError, match="is quantised, and pissa would have to rewrite"):
+        lora_one.initialize(adapted(keeping), llama_batches, method="pissa", force=True)
 
 
 def four_bit_modules(model):
