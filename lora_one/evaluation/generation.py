@@ -31,7 +31,7 @@ from lora_one.evaluation.context import context_of, room_for_reply
 from lora_one.evaluation.finite import RequireNumbers
 from lora_one.evaluation.mode import evaluation_mode, input_device
 from lora_one.evaluation.sampling import Sampling, sampler
-from lora_one.evaluation.stops import stopping_criteria
+from lora_one.evaluation.stops import Stops
 from lora_one.tasks.encoding import Architecture, encode_prompts, padding_id
 
 StopReason = Literal["eos", "stop", "length"]
@@ -103,6 +103,7 @@ def generate_replies(
     context = context_of(model.config, architecture, tokenizer)
     limits = [room_for_reply(context, len(ids), architecture, max_new_tokens) for ids in prompt_ids]
     eos, pad = eos_token_ids(model, tokenizer), padding_id(tokenizer)
+    stops = Stops(tokenizer, stop_strings, partial(_decode, tokenizer))
     replies: dict[int, Reply] = {}
 
     def keep(batch: Sequence[int], generated: Sequence[list[int]]) -> None:
@@ -141,9 +142,7 @@ def generate_replies(
             **{name: tensor.to(input_device(model)) for name, tensor in inputs.items()},
             max_new_tokens=limit,
             logits_processor=processors,
-            stopping_criteria=stopping_criteria(
-                tokenizer, stop_strings, partial(_decode, tokenizer), skipped
-            ),
+            stopping_criteria=stops.criteria(skipped),
             # On a sharded model transformers would keep ranks together by itself, which takes the
             # same number of batches on each; whoever shards it keeps them together.
             synced_gpus=False,

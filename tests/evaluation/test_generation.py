@@ -6,7 +6,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 from lora_one.errors import InputError, NonFiniteError
-from lora_one.evaluation import Sampling, generate_replies
+from lora_one.evaluation import Sampling, generate_replies, stops
 
 TOKENS = 20
 
@@ -157,6 +157,21 @@ def test_a_stop_string_that_the_prompt_begins_does_not_end_the_reply(
 def test_a_stop_string_that_the_tokenizer_cannot_write_stops_nothing(t5, t5_tokenizer, prompts):
     expected = _generate(t5, t5_tokenizer, prompts, "seq2seq")
     assert _generate(t5, t5_tokenizer, prompts, "seq2seq", stop_strings=["é"]) == expected
+
+
+def test_the_tokenizers_words_are_read_once_for_all_batches(
+    llama, llama_tokenizer, prompts, monkeypatch
+):
+    made = []
+
+    class Counted(stops.StopStringCriteria):
+        def __init__(self, *arguments):
+            made.append(arguments)
+            super().__init__(*arguments)
+
+    monkeypatch.setattr(stops, "StopStringCriteria", Counted)
+    _generate(llama, llama_tokenizer, prompts, batch_size=1, max_new_tokens=2, stop_strings=["x"])
+    assert len(made) == 1
 
 
 def test_a_row_stops_being_decoded_soon_after_its_stop_string(llama, llama_tokenizer, llama_texts):
