@@ -99,6 +99,27 @@ def test_several_ranks_may_not_submit_the_same_jobs(compose, monkeypatch):
         submission.submit([Point((), compose("launcher=slurm_1gpu"))], "run_exp.py", False)
 
 
+def test_a_number_that_slurm_gave_to_another_job_since_is_not_taken_for_the_runs(
+    small, monkeypatch, tmp_path
+):
+    config = small("launcher=slurm_1gpu")
+    logs = Path(config.output_dir) / "slurm" / "20261128-060000-abc"
+    logs.mkdir(parents=True)
+    (logs / submission.JOBS).write_text(json.dumps({run_id(config): "7_0"}))
+    squeue = tmp_path / "squeue"
+    squeue.touch(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+
+    def submitted(stderr) -> list[str]:
+        squeue.write_text(f"#!/bin/sh\necho '7_0|RUNNING|None|0|{stderr}|'\n")
+        _, tasks = submission.make_order([Point((), config)])
+        return [task.job for task in tasks]
+
+    # The same folder, as another login node may see it.
+    assert submitted(f"/mnt/a|b/slurm/{logs.name}/%A_%a_%t_log.err") == ["7_0"]
+    assert submitted("/home/somebody/%A.err") == submitted("N/A") == []
+
+
 def test_a_job_has_the_options_of_its_launcher_and_nothing_of_a_job_around_it(
     small, monkeypatch, tmp_path
 ):

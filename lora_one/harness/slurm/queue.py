@@ -3,6 +3,7 @@
 import os
 import subprocess
 from dataclasses import dataclass
+from pathlib import Path
 
 # States of a job that is waiting, at work, or about to be requeued.
 LIVE = {
@@ -38,11 +39,13 @@ class Job:
         reason: Why it waits, or has ended.
         status: Exit status of the run; None as long as it is not over, and where something else
             ended it.
+        logs: Name of the folder of its error output.
     """
 
     state: str
     reason: str
     status: int | None
+    logs: str = ""
 
     @property
     def live(self) -> bool:
@@ -58,7 +61,7 @@ def ask(number: str) -> dict[str, Job]:
     Raises:
         QueueError: SLURM does not answer.
     """
-    fields = "JobArrayID:|,State:|,Reason:|,exit_code:|"
+    fields = "JobArrayID:|,State:|,Reason:|,exit_code:|,STDERR:|"
     command = ["squeue", "--noheader", "--array", "--states=all", f"--jobs={number}"]
     try:
         answer = subprocess.run(
@@ -78,8 +81,8 @@ def ask(number: str) -> dict[str, Job]:
 
 
 def _read(line: str) -> tuple[str, Job]:
-    name, state, reason, code = line.split("|")[:4]
+    name, state, reason, code, stderr = line.removesuffix("|").split("|", 4)
     # A job that reached its time limit, or was cancelled, has a status that it did not choose.
     chosen = state in ("COMPLETED", "FAILED") and os.WIFEXITED(int(code))
     status = os.WEXITSTATUS(int(code)) if chosen else None
-    return name, Job(state, "" if reason == "None" else reason, status)
+    return name, Job(state, "" if reason == "None" else reason, status, Path(stderr).parent.name)

@@ -154,7 +154,8 @@ def _submitted(points: Mapping[str, Point], output_dir: Path) -> list[Task]:
             raise InputError(f"SLURM does not answer ({error}). Try again later.") from error
         for run, name in jobs.items():
             job = queue.get(name)
-            if job is not None and job.live:
+            # A controller that lost its state counts from 1 again: the number may be another job's.
+            if job is not None and job.live and job.logs == file.parent.name:
                 stderr = JobPaths(file.parent, job_id=name).stderr
                 tasks[run] = Task(name, run, points[run].config, stderr)
     return list(tasks.values())
