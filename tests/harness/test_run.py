@@ -181,7 +181,7 @@ VARIANTS = {
     "gradient checkpointing": ["model.gradient_checkpointing=true"],
     "loss on all tokens": ["dataset.loss_on=all"],
     "bfloat16 base": ["model.bf16=true"],
-    "bfloat16 adapter": ["init.dtype=bf16"],
+    "bfloat16 adapter with an offset": ["init.dtype=bf16", "init=olora"],
     "chosen gamma": ["init.stable_gamma=auto"],
     "dropout": ["peft.lora_dropout=0.1"],
 }
