@@ -78,6 +78,7 @@ BAD = {
     "a=[1": "no viable alternative",
     "model.learning_rate=${nowhere}": "'nowhere' not found",
     "seed=0,1": "argument 'seed=0,1'. Add -m to run every value",
+    "seed=range(2)": "Sweep parameters 'seed=range(2)' requires --multirun. Add -m",
     "model.name=~/base": "the shell left ~ as it stands. Write the path out",
     "model.name=a b(1)": "Quote values",
 }

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from lora_one.errors import InputError
 from lora_one.harness.config.compose import composer, expand
 from lora_one.harness.config.published import translate
 
@@ -145,3 +146,10 @@ def test_a_sweep_has_each_run_once_and_in_order():
     with composer(CONF):
         points, _ = expand(["init=lora,pissa,lora", "init.stable_gamma=1,2"])
     assert [point.config.method for point in points] == ["lora", "pissa"]
+
+
+@pytest.mark.parametrize("empty", ["seed=range(3,3)", "init=glob(lora_two*)"])
+def test_a_sweep_without_a_value_is_refused(empty):
+    with composer(CONF), pytest.raises(InputError, match="no value to run") as caught:
+        expand(["peft.lora_r=4,8", empty])
+    assert str(caught.value).startswith(f"{empty}: ")

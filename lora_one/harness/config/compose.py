@@ -25,7 +25,8 @@ from lora_one.harness.config.published import translate
 from lora_one.harness.config.schema import GROUPS, Config
 from lora_one.harness.config.validate import validate
 
-AMBIGUOUS = "Ambiguous value"  # how Hydra's message about a sweep without -m begins
+# How Hydra's messages about a sweep without -m begin.
+SWEEP_WITHOUT_FLAG = ("Ambiguous value", "Sweep parameters")
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,7 @@ def compose_config(overrides: Sequence[str]) -> Config:
         raise InputError(_explain_missing_choice(error)) from error
     except ConfigCompositionException as error:
         forced = [_force(override) for override in overrides]
-        if forced == list(overrides) or str(error).startswith(AMBIGUOUS):
+        if forced == list(overrides) or str(error).startswith(SWEEP_WITHOUT_FLAG):
             raise InputError(_first_line(error)) from error
         # The schema knows the valid keys: let it say which one was meant.
         return compose_config(forced)
@@ -73,12 +74,23 @@ def expand(overrides: Sequence[str]) -> tuple[list[Point], list[str]]:
 
     Returns:
         The points, in order, and the notes of the translation.
+
+    Raises:
+        InputError: an override is wrong, or has no value to run.
     """
     try:
         parser = OverridesParser.create(config_loader=GlobalHydra.instance().config_loader())
-        batches = BasicSweeper.split_arguments(parser.parse_overrides(list(overrides)), None)
+        parsed = parser.parse_overrides(list(overrides))
+        batches = BasicSweeper.split_arguments(parsed, None)
     except HydraException as error:
         raise InputError(_first_line(error)) from error
+    if not batches[0]:
+        swept = (override for override in parsed if override.is_sweep_override())
+        empty = next(one for one in swept if not list(one.sweep_string_iterator()))
+        raise InputError(
+            f"{empty.input_line}: no value to run. Give a range that is not empty, or a pattern "
+            "that fits a choice."
+        )
     points: dict[str, Point] = {}
     notes: dict[str, None] = {}
     for raw in batches[0]:
@@ -128,7 +140,7 @@ def _choices(group: str) -> list[str]:
 
 def _first_line(error: Exception) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    if lines and lines[0].startswith(AMBIGUOUS):
+    if lines and lines[0].startswith(SWEEP_WITHOUT_FLAG):
         return f"{lines[0]}. Add -m to run every value, or write [a,b] for a list."
     if isinstance(error, OverrideParseException):
         if error.override.partition("=")[2].startswith("~"):
