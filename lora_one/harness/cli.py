@@ -40,7 +40,11 @@ RunTogether = Callable[[list[Config]], Any]
 Act = Callable[[list[Point], bool], int]
 
 SWEEP_FLAGS = {"-m", "--multirun"}
-HELP_FLAGS = {"--help", "-h", "--hydra-help", "--version", "--shell-completion", "-sc"}
+COMPLETION_FLAGS = {"--shell-completion", "-sc"}
+HELP_FLAGS = {"--help", "-h", "--hydra-help", "--version"} | COMPLETION_FLAGS
+CONFIG_FLAGS = {"--cfg", "-c"}
+# What says how --cfg shows the configuration; by itself Hydra would launch a run, or raise.
+SHOWING_FLAGS = {"--resolve", "--package", "-p"}
 # Keys that decide what has to be on this machine.
 PREPARED = {
     "dataset",
@@ -55,7 +59,7 @@ PREPARED = {
     f"model{suffix}"
     for suffix in ("", ".name", ".type", ".revision", ".max_length", ".trust_remote_code")
 }
-HYDRA_FLAGS = HELP_FLAGS | {"--cfg", "-c", "--resolve", "--package", "-p", "--info", "-i"}
+HYDRA_FLAGS = HELP_FLAGS | CONFIG_FLAGS | SHOWING_FLAGS | {"--info", "-i"}
 
 
 def launch(run: Run, conf: Path, program: str, arguments: list[str] | None = None) -> int:
@@ -171,7 +175,9 @@ def _dispatch(conf: Path, arguments: list[str], act: Act) -> int:
     questions = [flag for flag in flags if flag not in SWEEP_FLAGS]
     _check(questions, options.overrides)
     if HELP_FLAGS & set(questions):
-        _let_hydra_answer(conf, questions, options.overrides)
+        # Help is the same for every configuration: what else is on the line cannot be wrong.
+        completes = COMPLETION_FLAGS & set(questions)
+        _let_hydra_answer(conf, questions, options.overrides if completes else [])
         return 0
     with together():
         return _act_on(conf, options.overrides, questions, options.multirun, act)
@@ -213,8 +219,11 @@ def _check(questions: list[str], overrides: list[str]) -> None:
     if unknown:
         valid = ", ".join(sorted(SWEEP_FLAGS | HYDRA_FLAGS))
         raise InputError(f"{unknown[0]}: no such flag here. Valid: {valid}.")
+    showing = sorted(SHOWING_FLAGS & set(questions))
+    if showing and not CONFIG_FLAGS & set(questions):
+        raise InputError(f"{showing[0]} says how --cfg shows the configuration. Add --cfg job.")
     commands = ("install=", "uninstall=", "query=")
-    if {"--shell-completion", "-sc"} & set(questions) and not any(
+    if COMPLETION_FLAGS & set(questions) and not any(
         override.startswith(commands) for override in overrides
     ):
         raise InputError(
@@ -239,6 +248,9 @@ def _let_hydra_answer(conf: Path, flags: list[str], overrides: Sequence[str]) ->
     answer = hydra.main(version_base="1.3", config_path=str(conf.resolve()), config_name="config")
     try:
         answer(lambda _: None)()
+    except SystemExit as ended:
+        # Hydra has said which package is not there, and ends with 1, which is a failed run's.
+        sys.exit(BAD_INPUT if ended.code else DONE)
     finally:
         sys.argv = original
 

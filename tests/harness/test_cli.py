@@ -48,7 +48,7 @@ def test_quick_answers_do_not_import_torch(arguments):
 
 
 def test_help_lists_every_choice():
-    answer = call("--help")
+    answer = call("--help", "-m", "seed=0,1", "init=lora_two")
     assert answer.returncode == 0
     assert "init: default, gaussian, gradient, kaiming, lora, lora_ga, lora_one" in answer.stdout
 
@@ -74,6 +74,8 @@ def test_bad_input_is_one_line_and_status_2_and_leaves_nothing(tmp_path, flags):
     [
         (["--run"], "--run: no such flag here"),
         (["--shell-completion"], "Say what: install=bash"),
+        (["--package", "model"], "--package says how --cfg shows the configuration"),
+        (["--cfg", "job", "-p", "modl"], "package 'modl' not found in config"),
         (["init=lora_two", "-m", "seed=0,1"], "Did you mean 'lora_one'?"),
         (["--config-dir", "x"], "--config-dir: no such flag here"),
         (["hydra.sweep.dir=x"], "its own settings have no effect"),
