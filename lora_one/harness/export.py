@@ -76,6 +76,9 @@ def export(
         if isinstance(model, PeftModel):
             facts = _export_adapter(config, base, model, partial, probe)
         else:
+            if hasattr(base.config, "use_cache"):
+                # The Trainer has switched it off for good.
+                model.config.use_cache = base.config.use_cache
             model.save_pretrained(partial)
             tokenizer.save_pretrained(partial)
             facts = {"rank": None, "largest_logit_difference": None}

@@ -203,8 +203,9 @@ def test_full_fine_tuning_moves_every_weight_and_saves_the_model(small, run, lla
     record = run(config)
     assert record["method"] == "full_ft"
     folder = Path(config.output_dir) / record["run_id"] / "model"
-    before = AutoModelForCausalLM.from_pretrained(llama_folder).state_dict()
-    after = AutoModelForCausalLM.from_pretrained(folder).state_dict()
+    base, trained = map(AutoModelForCausalLM.from_pretrained, (llama_folder, folder))
+    assert trained.config.use_cache == base.config.use_cache
+    before, after = base.state_dict(), trained.state_dict()
     projections = [name for name in before if name.endswith("_proj.weight")]
     assert all(not torch.equal(before[name], after[name]) for name in projections)
 
