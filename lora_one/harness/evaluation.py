@@ -47,6 +47,7 @@ from lora_one.harness.distributed.fsdp import own_pace
 from lora_one.harness.distributed.ranks import is_main, rank, world_size
 from lora_one.harness.export import expected_rank
 from lora_one.harness.models.base import Base, base_dtype
+from lora_one.harness.resuming import preemption
 from lora_one.tasks import Task
 from lora_one.tasks.encoding import encode
 
@@ -99,6 +100,7 @@ def evaluate(
         def keep(rows: Sequence[Row]) -> None:
             journal.add(rows)
             bar.add(rows)
+            preemption.heed()
 
         made = []
         with own_pace(model, answers=True) if todo else nullcontext():

@@ -125,6 +125,19 @@ def test_a_signal_outside_training_ends_the_run_at_once(forks, llama_folder, row
     assert record_of(tmp_path)["attempts"][-1]["from_step"] == 10
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_a_request_that_did_not_get_through_is_raised_at_the_next_phase(small):
+    class Dying:
+        def __del__(self):  # an error here goes no farther
+            signal.raise_signal(signal.SIGTERM)
+
+    record = RunRecord(small()).open()
+    with preemption.listening():
+        Dying()
+        with pytest.raises(PreemptedError, match="SIGTERM"), record.phase("eval"):
+            pass
+
+
 @pytest.mark.parametrize("kind", ["PreemptedError", "KeyboardInterrupt"])
 def test_a_stop_of_another_rank_is_recorded_as_one_of_this_rank(kind, small):
     """A sweep reads there that its point was asked to stop, and stops as well."""

@@ -225,7 +225,11 @@ class RunRecord:
         A phase may come more than once, and inside another (a validation during training): it
         adds up, and the outer phase is not charged for it. Only the end of an outer phase is
         written down: that takes longer than a short inner one.
+
+        Raises:
+            PreemptedError: the run was asked to stop, and that did not get through.
         """
+        preemption.heed()
         self._book()
         if not self._phases:
             self._attempt["phase"] = name

@@ -97,6 +97,19 @@ def deferred() -> Iterator[None]:
         _raise(_requests.reason)
 
 
+def heed() -> None:
+    """Raise a request that was raised before and did not get through; training is left in peace.
+
+    An error in a destructor or in a callback of compiled code goes no farther. Whoever comes here
+    after a request has not been stopped by it.
+
+    Raises:
+        PreemptedError: there was one.
+    """
+    if _requests.reason is not None and not _requests.deferred:
+        _raise(_requests.reason)
+
+
 def requested() -> Reason | None:
     """Return who has asked this process to stop."""
     return _requests.reason
