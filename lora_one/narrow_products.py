@@ -7,8 +7,9 @@ import os
 import shlex
 import subprocess
 import tempfile
+from collections import Counter
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -103,11 +104,29 @@ def narrow_products(pairs: Sequence[Pair]) -> NarrowProducts | None:
     """
     if sum(A.numel() + B.numel() for A, B in pairs) < WORTH_COMPILING:
         return None
-    return _compiled(pairs[0][0].shape[0])
+    return _compiled(pairs[0][0].shape[0]).result()
+
+
+def start_compiling(pairs: Sequence[Pair]) -> None:
+    """Compile what a step on the pairs will need, in the background until the first step."""
+    sizes: Counter[int] = Counter()
+    for A, B in pairs:
+        if A.device.type == "cpu" and fit(A, B):
+            sizes[A.shape[0]] += A.numel() + B.numel()
+    for rank, size in sizes.items():
+        if size >= WORTH_COMPILING:
+            _compiled(rank)
 
 
 @functools.cache
-def _compiled(rank: int) -> NarrowProducts | None:
+def _compiled(rank: int) -> "Future[NarrowProducts | None]":
+    pool = ThreadPoolExecutor(1)
+    library = pool.submit(_compile, rank)
+    pool.shutdown(wait=False)
+    return library
+
+
+def _compile(rank: int) -> NarrowProducts | None:
     compiler = shlex.split(os.environ.get("CC") or "cc")
     # For this very processor, and so in no cache that nodes of a cluster might share. No option
     # that lets the compiler assume finite numbers: a NaN stays one.

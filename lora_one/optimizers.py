@@ -14,7 +14,8 @@ from torch import nn
 from torch.optim import Optimizer
 
 from lora_one.errors import InputError
-from lora_one.preconditioning import Pair, precondition_pairs
+from lora_one.narrow_products import Pair, start_compiling
+from lora_one.preconditioning import precondition_pairs
 
 
 def lora_pairs(model: nn.Module) -> dict[str, Pair]:
@@ -132,6 +133,8 @@ def create_preconditioned_optimizer(
     optimizer.reg, optimizer.relative, optimizer.preconditioned = reg, relative, preconditioned
     optimizer.unpreconditioned = [name for name, p in named if id(p) not in in_pairs]
     optimizer.lora_pairs = list(pairs.values())
+    if preconditioned:
+        start_compiling(optimizer.lora_pairs)
     return optimizer
 
 
