@@ -4,3 +4,6 @@ import os
 
 # Read when torch is imported, here and in every process that a test starts.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Where bitsandbytes is installed PEFT imports it, and it calls torch.compile while it is imported:
+# a fifth of the time that a process of the tests takes to import torch, transformers and PEFT.
+os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")

@@ -191,7 +191,10 @@ def test_a_start_is_computed_in_full_precision_under_autocast(
 
 
 @pytest.mark.parametrize("wrapped", [False, True])
-def test_nothing_is_compiled_for_the_start_of_a_compiled_model(llama, llama_batches, wrapped):
+def test_nothing_is_compiled_for_the_start_of_a_compiled_model(
+    llama, llama_batches, wrapped, monkeypatch
+):
+    monkeypatch.delenv("TORCHDYNAMO_DISABLE")
     compiled = []
 
     def backend(graph, inputs):
