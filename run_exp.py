@@ -12,6 +12,7 @@ from typing import Any
 
 from lora_one.harness.cli import launch
 from lora_one.harness.config.schema import Config
+from lora_one.harness.imports import kept
 
 CONF = Path(__file__).parent / "conf"
 
@@ -23,7 +24,8 @@ def run(config: Config) -> dict[str, Any]:
     already finished is not run again, one that was stopped goes on from its newest checkpoint.
     """
     # Imported here, so that --help and a mistyped key are answered before torch is loaded.
-    from lora_one.harness import stages
+    with kept():
+        from lora_one.harness import stages
     from lora_one.harness.distributed.ranks import is_main
     from lora_one.harness.records.record import RunRecord
     from lora_one.harness.resuming.preemption import watching

@@ -1,5 +1,6 @@
 """The real command line, in a process of its own."""
 
+import gc
 import json
 import os
 import subprocess
@@ -7,6 +8,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch  # noqa: F401 -- this process has it
+
+from lora_one.harness.imports import kept
 
 ROOT = Path(__file__).parents[2]
 
@@ -142,3 +146,15 @@ def test_bad_data_is_status_2_from_the_command_line(small_overrides, tmp_path):
     assert answer.returncode == 2
     assert answer.stderr.startswith("error: all ")
     assert not (tmp_path / "results").exists()
+
+
+def test_a_process_keeps_its_imports_out_of_collections_unless_it_had_torch_before():
+    code = "import gc; from lora_one.harness.imports import kept\nwith kept():\n    import json\n"
+    code += "print(gc.isenabled(), gc.get_freeze_count() > 0)"
+    command = [sys.executable, "-c", code]
+    answer = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert answer.stdout == "True True\n"
+    before = gc.get_freeze_count()
+    with kept():
+        pass
+    assert (gc.isenabled(), gc.get_freeze_count()) == (True, before)
