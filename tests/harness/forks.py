@@ -6,6 +6,7 @@ what ``run_exp.py`` would, and writes ``[number, pid]`` when the child starts an
 thread to lose in a fork.
 """
 
+import gc
 import json
 import os
 import select
@@ -110,6 +111,7 @@ def _serve() -> None:
     import run_exp
     from lora_one.harness import stages  # noqa: F401 -- torch, transformers and peft
 
+    gc.freeze()  # collections of the children leave the libraries alone
     children: dict[int, int] = {}
     pending = b""
     while True:
