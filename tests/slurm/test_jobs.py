@@ -83,7 +83,7 @@ def test_a_run_that_reaches_its_time_limit_goes_on_in_the_next_job(submit, long,
     # A job of two minutes that has to stop 110 seconds before its end, which is long before it
     # has done so many steps; the next one gets more.
     limit = ["launcher.timeout_min=2", "preemption.margin_seconds=110"]
-    submission = submit(*long, "model.max_steps=1200", *limit)
+    submission = submit(*long, "model.max_steps=400", *limit)
     (run,) = wait_until(lambda: list(results.glob("*/run.json")))
     wait_until(lambda: read_json(run).get("status") == "preempted")
     more = ["scontrol", "update", f"JobId={submission.job}", "TimeLimit=10"]
