@@ -12,12 +12,11 @@ run: $(VENV)/installed
 report: run
 	$(BIN)/python -m lora_one.reports results
 
-# Two files of tests at a time, on one thread each; those that share the one SLURM by themselves.
+# Two files of tests at a time, on one thread each, in the order of tests/conftest.py.
 test: $(VENV)/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --ignore tests/slurm
-	$(BIN)/python -m pytest tests/slurm
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 # Toy_Experiments.ipynb from top to bottom, in place; its pictures also in results/figures.
 notebook: $(VENV)/installed

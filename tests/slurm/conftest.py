@@ -1,7 +1,10 @@
 """A SLURM to test with: the one that answers here, else one of our own, else a reason why not."""
 
+import fcntl
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TextIO
 
 import pytest
 
@@ -10,14 +13,30 @@ from .cluster import Submission, call, script
 
 @pytest.fixture(scope="session", autouse=True)
 def slurm() -> Iterator[None]:
-    """Find a SLURM or start one; the one that was started here is stopped at the end."""
-    here = script("status", 60).returncode == 0
-    answer = script("start", 480)
-    if answer.returncode:
-        pytest.skip(f"no SLURM to test with: {answer.stderr.strip() or answer.stdout.strip()}")
-    yield
-    if not here:
-        script("stop", 120)
+    """Find a SLURM or start one; the last of the test processes stops the one that was started."""
+    with Path(tempfile.gettempdir(), "lora-one-slurm-tests").open("a+") as users:
+        if _alone(users):
+            users.truncate(0)  # what a killed process has left
+        fcntl.flock(users, fcntl.LOCK_SH)
+        if script("status", 60).returncode:
+            users.write("started\n")
+            users.flush()
+        answer = script("start", 480)
+        if answer.returncode:
+            pytest.skip(f"no SLURM to test with: {answer.stderr.strip() or answer.stdout.strip()}")
+        yield
+        users.seek(0)
+        if _alone(users) and users.read():
+            script("stop", 120)
+            users.truncate(0)
+
+
+def _alone(users: TextIO) -> bool:
+    try:
+        fcntl.flock(users, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 @pytest.fixture
