@@ -116,6 +116,11 @@ def allocate_ranks(
         NonFiniteError: for a loss or gradient that is not finite, naming the layer.
     """
     spec = Options(method=method).spec
+    if spec.inputs:
+        raise InputError(
+            f"ranks are allocated by the gradient or by W, and {method} looks at the layers' "
+            "inputs: leave the ranks uniform."
+        )
     if isinstance(model, PeftModel):
         raise InputError(
             "ranks are allocated before there is an adapter: pass the model that get_peft_model "

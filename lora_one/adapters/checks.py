@@ -1,15 +1,16 @@
 """What an initialisation or an export refuses, before anything is changed."""
 
 from collections import Counter
+from collections.abc import Mapping
 
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.variants import DoraLinearVariant
-from torch import nn
+from torch import Tensor, nn
 
 from lora_one.adapters.stored import changes_base
 from lora_one.adapters.write import Options, initial_state, initial_states
-from lora_one.errors import InputError
+from lora_one.errors import InputError, nearest
 from lora_one.layers import (
     AdaptedLayer,
     TargetLayer,
@@ -62,6 +63,30 @@ def check_layers(layers: list[AdaptedLayer], options: Options) -> None:
                 f"the weight of layer '{layer.name}' is sharded, and {options.method} needs all "
                 "of it. Initialise before wrapping the model with FSDP1 or DeepSpeed ZeRO-3, or "
                 "shard it with FSDP2 (fully_shard)."
+            )
+
+
+def check_gradients(layers: list[AdaptedLayer], gradients: Mapping[str, Tensor] | None) -> None:
+    """Raise ``InputError`` unless there is one gradient of the right shape per layer, no other."""
+    names = [layer.name for layer in layers]
+    given = gradients or {}
+    missing = [name for name in names if name not in given]
+    if missing:
+        raise InputError(
+            f"no gradient for {len(missing)} of {len(names)} adapted layers, first "
+            f"'{missing[0]}'.{nearest(missing[0], given)}"
+        )
+    unknown = sorted(set(given) - set(names))
+    if unknown:
+        raise InputError(
+            f"gradient for '{unknown[0]}', which is no adapted linear layer."
+            f"{nearest(unknown[0], names)}"
+        )
+    for layer in layers:
+        if tuple(given[layer.name].shape) != layer.shape:
+            raise InputError(
+                f"the gradient of '{layer.name}' has shape {tuple(given[layer.name].shape)}, "
+                f"expected (out, in) = {layer.shape}."
             )
 
 

@@ -18,6 +18,7 @@ from lora_one.adapters.cache import fingerprint, load_cached, store
 from lora_one.adapters.checks import (
     check_active,
     check_alone,
+    check_gradients,
     check_layers,
     check_not_offset,
     check_ties,
@@ -33,6 +34,7 @@ from lora_one.adapters.write import (
 )
 from lora_one.errors import InputError, nearest
 from lora_one.gradients.estimate import finite_norm
+from lora_one.gradients.inputs import Statistic, stream_inputs
 from lora_one.gradients.stream import (
     Ranks,
     agreed_batches,
@@ -74,8 +76,9 @@ def initialize(
     Args:
         peft_model: with a LoRA adapter; its linear layers are written, others keep PEFT's start.
         batches: the init batch as micro-batches, keyword arguments of the model with labels.
-            Needed by ``lora_ga`` and ``lora_one``; for the other methods optional, to report the
-            loss before and after. Under ``torch.distributed`` each rank passes its share.
+            Needed by ``lora_ga``, ``lora_one``, ``eva`` and ``corda``; for the other methods
+            optional, to report the loss before and after. Under ``torch.distributed`` each rank
+            passes its share.
         method: a key of ``lora_one.numerics.methods.METHODS``.
         scale: ``"stable"``, ``"unit"``, ``"gd"`` or ``"weightS"``.
         stable_gamma: the official ``init.stable_gamma``; ``"auto"`` (LoRA-One with the stable
@@ -90,7 +93,7 @@ def initialize(
         force: overwrite factors that are not a start, such as trained ones.
         train: whether dropout is active while the gradient is taken, as in the published codes.
         strategy: how several micro-batches are run, see ``lora_one.gradients.plan``.
-        memory_budget: bytes of gradients that may wait for later micro-batches.
+        memory_budget: bytes of gradients, or sums of inputs, that may wait for later micro-batches.
         measure_loss: whether to run the init batch once more, forward only, for the loss after
             the start (and before it, for methods without a gradient).
         cache_dir: folder of earlier starts, see ``lora_one.adapters.cache``; None for no cache.
@@ -113,6 +116,8 @@ def initialize(
     )
     if options.spec.needs == "gradient" and batches is None:
         raise InputError(f"{method} needs the gradient of the loss: pass the init batches.")
+    if options.spec.inputs and batches is None:
+        raise InputError(f"{method} looks at the layers' inputs: pass the init batches.")
     layers, report = _prepare(peft_model, options, adapter_name, unsupported, force)
     batches = None if batches is None else list(batches)
     if batches is not None:
@@ -130,8 +135,10 @@ def initialize(
     by_name = {layer.name: layer for layer in layers}
     ranks = together()
 
-    def decompose(name: str, gradient: Tensor | None) -> None:
-        start = _start(by_name[name], options, gradient, report, ranks)
+    def decompose(
+        name: str, gradient: Tensor | None = None, inputs: Statistic | None = None
+    ) -> None:
+        start = _start(by_name[name], options, gradient, report, ranks, inputs)
         if start is not None:
             starts[name], reports[name] = start
 
@@ -154,8 +161,18 @@ def initialize(
             report.loss_before = mean_loss(
                 peft_model, batches, train=train, seed=seed, adapters=False
             )
-        for name in by_name:
-            decompose(name, None)
+        if options.spec.inputs:
+            stream_inputs(
+                peft_model,
+                batches,
+                layers,
+                lambda name, inputs: decompose(name, inputs=inputs),
+                statistic=options.spec.inputs,
+                memory_budget=memory_budget,
+            )
+        else:
+            for name in by_name:
+                decompose(name)
     starts = _agreed(starts)
     if auto:
         with _alone(peft_model, adapter_name):
@@ -223,10 +240,15 @@ def initialize_adapters(
         seed=seed,
         dtype=dtype,
     )
+    if options.spec.inputs:
+        raise InputError(
+            f"{method} looks at the layers' inputs, not at gradients: use lora_one.initialize with "
+            "the init batches."
+        )
     layers, report = _prepare(peft_model, options, adapter_name, unsupported, force)
     needs_gradient = options.spec.needs == "gradient"
     if needs_gradient:
-        _check_gradients(layers, gradients)
+        check_gradients(layers, gradients)
     began = time.perf_counter()
     starts, reports = {}, {}
     for layer in layers:
@@ -337,8 +359,9 @@ def _start(
     gradient: Tensor | None,
     report: InitReport,
     ranks: Ranks | None = None,
+    inputs: Statistic | None = None,
 ) -> tuple[Factors, LayerReport] | None:
-    """Return a layer's factors and report, or None if its gradient is zero.
+    """Return a layer's factors and report, or None if its gradient is zero or no input reached it.
 
     Args:
         layer: the layer.
@@ -346,8 +369,16 @@ def _start(
         gradient: of the layer; None for methods that use none.
         report: told of a layer that is left alone.
         ranks: if given, ``gradient`` is this rank's summand.
+        inputs: of the layer; None for methods that use none.
     """
     norm = None
+    if inputs is not None and inputs.count == 0:
+        report.left_to_peft.append(layer.name)
+        report.warnings.append(
+            f"no input other than zero reaches '{layer.name}'; the layer keeps PEFT's own start."
+        )
+        return None
+    C = None if inputs is None else inputs.of_rank(layer.name, layer.r)
     if gradient is not None:
         if ranks is not None and not _adds_up_products(layer, options):
             gradient, ranks = ranks.add_up(gradient), None
@@ -358,8 +389,8 @@ def _start(
                 f"the gradient of '{layer.name}' is zero; the layer keeps PEFT's own start."
             )
             return None
-    factors = compute_factors(layer, options, gradient, ranks)
-    if ranks is not None and gradient is not None:
+    factors = compute_factors(layer, options, gradient, ranks, C)
+    if factors.svd is not None and factors.svd.norm is not None:
         norm = factors.svd.norm
     # The decomposition is as large as the factors, or larger, and all layers wait for the last.
     return factors._replace(svd=None), layer_report(layer, factors, norm)
@@ -389,29 +420,6 @@ def _finish(
     report.layers = [reports[layer.name] for layer in layers if layer.name in reports]
     if options.spec.uses_scale and options.scale == "stable":
         report.stable_gamma = options.stable_gamma
-
-
-def _check_gradients(layers: list[AdaptedLayer], gradients: Mapping[str, Tensor] | None) -> None:
-    names = [layer.name for layer in layers]
-    given = gradients or {}
-    missing = [name for name in names if name not in given]
-    if missing:
-        raise InputError(
-            f"no gradient for {len(missing)} of {len(names)} adapted layers, first "
-            f"'{missing[0]}'.{nearest(missing[0], given)}"
-        )
-    unknown = sorted(set(given) - set(names))
-    if unknown:
-        raise InputError(
-            f"gradient for '{unknown[0]}', which is no adapted linear layer."
-            f"{nearest(unknown[0], names)}"
-        )
-    for layer in layers:
-        if tuple(given[layer.name].shape) != layer.shape:
-            raise InputError(
-                f"the gradient of '{layer.name}' has shape {tuple(given[layer.name].shape)}, "
-                f"expected (out, in) = {layer.shape}."
-            )
 
 
 def _advise(report: InitReport) -> None:

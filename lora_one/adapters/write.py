@@ -128,6 +128,7 @@ def compute_factors(
     options: Options,
     gradient: Tensor | None,
     summands: Summands | None = None,
+    C: Tensor | None = None,
 ) -> Factors:
     """Return the method's B (out, r) and A (r, in) in the computing dtype, before rounding.
 
@@ -136,6 +137,7 @@ def compute_factors(
         options: the method and its options.
         gradient: where the method needs it; this rank's summand of it if ``summands`` is given.
         summands: the ranks.
+        C: (in, in) statistic of the layer's inputs where the method needs it.
     """
     m, n = layer.shape
     W = base_weight(layer.module) if options.reads_weight else None
@@ -151,6 +153,7 @@ def compute_factors(
         W=W,
         G=gradient,
         summands=summands,
+        C=C,
         device=layer.A.device,
     )
     with full_precision(layer.A.device):
@@ -158,13 +161,13 @@ def compute_factors(
         return clip_to_weight(factors, W, layer.s) if options.norm_clip else factors
 
 
-def layer_report(layer: AdaptedLayer, factors: Factors, gradient_norm: float | None) -> LayerReport:
+def layer_report(layer: AdaptedLayer, factors: Factors, norm: float | None) -> LayerReport:
     """Return what is worth knowing about a layer's start; see ``LayerReport``.
 
     Args:
         layer: the layer.
         factors: its start.
-        gradient_norm: Frobenius norm of G, None for methods that do not use it.
+        norm: Frobenius norm of what was decomposed, None for W.
     """
     report = LayerReport(layer.name, layer.shape, layer.r)
     unknown = not is_readable(layer.module) or is_out_of_reach(layer)
@@ -175,7 +178,7 @@ def layer_report(layer: AdaptedLayer, factors: Factors, gradient_norm: float | N
         report.singular_values = factors.svd.S.tolist()
         report.next_singular_value = factors.svd.next_value
         report.svd_error = factors.svd.error
-        norm = W_norm if gradient_norm is None else gradient_norm
+        norm = W_norm if norm is None else norm
         energy = sum(value**2 for value in report.singular_values)
         report.captured_energy = min(energy / norm**2, 1.0) if norm else 0.0
     return report

@@ -101,7 +101,8 @@ def plan(
             "batches (of every rank) of equal lengths or with input_ids, attention_mask and labels "
             "only."
         )
-    return Plan("groups", counted, list(_groups(layers, budget)))
+    groups = in_groups(layers, budget, lambda layer: 4 * layer.shape[0] * layer.shape[1])
+    return Plan("groups", counted, groups)
 
 
 def joined_batch(batches: Sequence[Batch], model: nn.Module) -> dict[str, Any] | None:
@@ -149,12 +150,14 @@ def _padding_id(model: nn.Module) -> int | None:
     return own if own is not None and 0 <= own < getattr(text, "vocab_size", 0) else None
 
 
-def _groups(layers: Sequence[TargetLayer], budget: int) -> list[list[TargetLayer]]:
-    """Cut the layers, in their order, into groups whose fp32 gradients fit the budget."""
+def in_groups(
+    layers: Sequence[TargetLayer], budget: int, bytes_of: Callable[[TargetLayer], int]
+) -> list[Sequence[TargetLayer]]:
+    """Cut the layers, in their order, into groups that fit the budget; one alone may exceed it."""
     groups: list[list[TargetLayer]] = [[]]
     size = 0
     for layer in layers:
-        needed = 4 * layer.shape[0] * layer.shape[1]
+        needed = bytes_of(layer)
         if groups[-1] and size + needed > budget:
             groups.append([])
             size = 0

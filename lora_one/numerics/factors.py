@@ -28,13 +28,15 @@ from torch import Tensor
 from lora_one.numerics.svd import Summands, TruncatedSVD, private_generator, truncated_svd
 
 SCALES = ("stable", "unit", "gd", "weightS")
+CORDA_DAMPING = 0.01
+"""Of the mean eigenvalue, as in CorDA's code and PEFT, which double it where an inverse fails."""
 
 
 class Factors(NamedTuple):
     """The start of one adapter: B (m, r), A (r, n), and the decomposition they come from, if any.
 
-    ``svd`` is that of G (the signs of -G are in the factors) or of W, ``clipped`` what
-    ``clip_to_weight`` multiplied the product by.
+    ``svd`` is that of G (the signs of -G are in the factors), of W or of what the method says,
+    ``clipped`` what ``clip_to_weight`` multiplied the product by.
     """
 
     B: Tensor
@@ -59,6 +61,7 @@ class Layer:
         W: (m, n) base weight, where the method needs it.
         G: (m, n) mean gradient, where the method needs it; or this process's summand of it.
         summands: the processes that hold the summands of G; None where G is whole.
+        C: (n, n) statistic of the layer's inputs, where the method needs it.
         device: where random factors are placed.
     """
 
@@ -73,6 +76,7 @@ class Layer:
     W: Tensor | None = None
     G: Tensor | None = None
     summands: Summands | None = None
+    C: Tensor | None = None
     device: torch.device | str = "cpu"
 
     def normal(self, *shape: int) -> Tensor:
@@ -175,6 +179,43 @@ def olora(layer: Layer) -> Factors:
     """
     Q, R = torch.linalg.qr(layer.W.to(torch.promote_types(layer.W.dtype, torch.float32)))
     return Factors(Q[:, : layer.r], R[: layer.r])
+
+
+def eva(layer: Layer) -> Factors:
+    """``B = 0``, ``A = V_rᵀ``, the leading eigenvectors of the inputs' covariance ``C = V S² Vᵀ``.
+
+    Source: EVA (Paischer et al. 2024), as in PEFT with ``rho=1``: all layers keep their rank. A
+    projects on the directions in which the layer's inputs at supervised tokens vary most; ``svd``
+    is that of the centred inputs over the root of their number, and its captured energy EVA's
+    explained variance. ``scale`` has no effect.
+    """
+    generator = private_generator(layer.seed, f"{layer.name}/svd")
+    svd = truncated_svd(layer.C, layer.r, generator=generator)
+    svd = svd._replace(
+        S=svd.S.sqrt(),
+        next_value=math.sqrt(svd.next_value),
+        norm=math.sqrt(float(layer.C.trace())),
+    )
+    return Factors(torch.zeros(layer.m, layer.r, device=layer.device), svd.Vh, svd)
+
+
+def corda(layer: Layer) -> Factors:
+    """``B = U_r sqrt(S_r / s)``, ``A = sqrt(S_r / s) V_rᵀ C⁻¹`` of ``W C = U S Vᵀ``.
+
+    Source: CorDA (Yang et al. 2024), instruction-previewed mode, as in PEFT: C is the inputs'
+    second moment plus a hundredth of its mean eigenvalue, and the base weight becomes
+    ``W - s B A``. No inverse is taken, because ``S Vᵀ C⁻¹ = Uᵀ W``. ``scale`` has no effect.
+    """
+    dtype = torch.promote_types(layer.W.dtype, torch.float32)
+    W, C = layer.W.to(dtype), layer.C.to(dtype)
+    eye = torch.eye(layer.n, dtype=dtype, device=C.device)
+    WC = W @ (C + CORDA_DAMPING * C.diagonal().mean() * eye)
+    generator = private_generator(layer.seed, f"{layer.name}/svd")
+    svd = truncated_svd(WC, layer.r, generator=generator)
+    root = (svd.S / layer.s).sqrt()
+    # A direction of no size gets no start: 0 instead of 0 / 0.
+    A = torch.where(root > 0, 1 / (layer.s * root), 0.0)[:, None] * (svd.U.mT @ W)
+    return Factors(svd.U * root, A, svd._replace(norm=float(WC.norm())))
 
 
 def lora_ga(layer: Layer) -> Factors:

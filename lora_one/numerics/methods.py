@@ -22,6 +22,8 @@ class Method:
         name: of the function in ``lora_one.numerics.factors``; what ``method=`` and ``init=`` say.
         title: the spelling of the papers; what ``init.direction`` says.
         needs: ``"gradient"``, ``"weight"`` or ``""``.
+        inputs: the statistic C of the layer's inputs that it needs, ``"covariance"`` or ``"second
+            moment"`` (see ``lora_one.gradients.inputs``), or ``""``.
         offset: whether ``s B A`` is taken from the base weight, so that outputs do not change.
         uses_scale: whether both factors are multiplied by ``size_factors``, so that ``scale`` and
             ``gamma`` have an effect.
@@ -33,6 +35,7 @@ class Method:
     name: str
     title: str
     needs: str = ""
+    inputs: str = ""
     offset: bool = False
     uses_scale: bool = False
     rank_multiple: int = 1
@@ -42,6 +45,11 @@ class Method:
     def function(self) -> "Callable[[Layer], Factors]":
         """The pure function; the first line of its docstring is the reported equation."""
         return getattr(import_module("lora_one.numerics.factors"), self.name)
+
+    @property
+    def from_rows(self) -> bool:
+        """Whether the start depends on the rows of the init batch."""
+        return self.needs == "gradient" or bool(self.inputs)
 
     @property
     def searches_gamma(self) -> bool:
@@ -77,6 +85,8 @@ _ALL = (
         rank_multiple=2,
         triplets_only=True,
     ),
+    Method("eva", "EVA", inputs="covariance"),
+    Method("corda", "CorDA", needs="weight", inputs="second moment", offset=True),
     Method("lora_one", "LoRA-One", needs="gradient", uses_scale=True, triplets_only=True),
 )
 METHODS = {method.name: method for method in _ALL}

@@ -19,7 +19,8 @@ pytestmark = pytest.mark.skipif(not dist.is_available(), reason="torch without d
 
 ROWS = (2, 3, 1)
 # One of each kind: decomposes W, decomposes G and rewrites W, random and rewrites W, leaves W.
-SHARDED_METHODS = ("pissa", "lora_ga", "gaussian", "lora_one")
+SHARDED_METHODS = ("pissa", "lora_ga", "gaussian", "corda", "lora_one")
+INPUT_METHODS = ("eva", "corda")
 
 
 def factors_of(peft_model):
@@ -65,6 +66,7 @@ def rank_results(rank):
     results["losses"] = (report.loss_before, report.loss_after, report.tokens)
     results["factors"] = factors_of(peft_model)
 
+    results["inputs"] = {method: started_from_inputs(uneven, method) for method in INPUT_METHODS}
     results["cores"] = started_with_cores(1 + rank, even)
     results["wide"] = started_wide(even)
     results["summands"] = decomposed_summands(rank)
@@ -88,6 +90,12 @@ def ragged_batches():
     batches = [{k: b[k] for k in ("input_ids", "labels")} for b in batches_for(rows=ROWS)]
     batches[1] = {key: values[:, :-2] for key, values in batches[1].items()}
     return batches
+
+
+def started_from_inputs(batches, method):
+    peft_model = adapted(tiny_llama())
+    lora_one.initialize(peft_model, batches, method=method, measure_loss=False)
+    return factors_of(peft_model)
 
 
 def started_with_cores(count, batches):
@@ -247,6 +255,16 @@ def test_two_ranks_start_like_one_process(ranks):
         # LoRA-GA mixes triplets, so projectors are compared.
         torch.testing.assert_close(ours_B @ ours_B.T, B @ B.T, atol=1e-4, rtol=0)
         torch.testing.assert_close(ours_A.T @ ours_A, A.T @ A, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("method", INPUT_METHODS)
+def test_two_ranks_start_from_the_inputs_of_all_their_rows(method, ranks):
+    expected = started_from_inputs(batches_for(rows=ROWS), method)
+    for name, (B, A) in expected.items():
+        ours_B, ours_A = ranks[0]["inputs"][method][name]
+        torch.testing.assert_close(ours_B @ ours_A, B @ A, atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(ours_A.T @ ours_A, A.T @ A, atol=1e-4, rtol=1e-4)
+        assert torch.equal(ours_A, ranks[1]["inputs"][method][name][1])
 
 
 def test_a_matrix_that_no_rank_holds_is_decomposed_like_the_whole(ranks):

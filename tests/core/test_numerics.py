@@ -18,7 +18,8 @@ def problem(method="lora_one", m=40, n=30, r=4, s=2.0, **options):
     generator = torch.Generator().manual_seed(5)
     W = torch.randn(m, n, generator=generator) / math.sqrt(n)
     G, *_ = known_spectrum(m, n, [2.0**-i for i in range(12)], dtype=torch.float32)
-    layer = Layer(m=m, n=n, r=r, s=s, W=W, G=G, name="layer", **options)
+    X = torch.randn(3 * n, n, generator=generator) * torch.linspace(0.1, 1, n)
+    layer = Layer(m=m, n=n, r=r, s=s, W=W, G=G, C=X.T @ X / len(X), name="layer", **options)
     return layer, METHODS[method].function(layer)
 
 

@@ -141,5 +141,7 @@ def test_4_bit_weights_in_the_layout_for_inference_are_refused_before_anything_c
 
 def test_methods_that_rewrite_the_weight_are_refused_with_the_way_out(quantised, llama_batches):
     for method in ("pissa", "lora_ga"):
-        with pytest.raises(lora_one.InputError, match=r"quantised.*leave it alone: lora, lora_one"):
+        with pytest.raises(
+            lora_one.InputError, match=r"quantised.*leave it alone: lora, eva, lora_one"
+        ):
             lora_one.initialize(adapted(quantised), llama_batches, method=method)

@@ -26,7 +26,6 @@ GROUPS = (
 # init.direction, in the spelling of the papers -> method name of lora_one.initialize.
 DIRECTIONS = {method.title: name for name, method in METHODS.items()}
 GRADIENT_METHODS = {name for name, method in METHODS.items() if method.needs == "gradient"}
-WEIGHT_METHODS = {name for name, method in METHODS.items() if method.needs == "weight"}
 SCALED_METHODS = {name for name, method in METHODS.items() if method.uses_scale}
 
 Positive = Annotated[float, Field(gt=0)]
@@ -35,10 +34,10 @@ Count = Annotated[int, Field(gt=0)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
 
 
-def needs_gradient(method: str, rank_allocation: str | None) -> bool:
-    """Tell whether a method, or the allocation of its ranks, takes the one-step gradient."""
-    return method in GRADIENT_METHODS or (
-        rank_allocation == "energy" and method not in WEIGHT_METHODS
+def needs_rows(method: str, rank_allocation: str | None) -> bool:
+    """Tell whether a start, or the allocation of its ranks, depends on the rows of a batch."""
+    return METHODS[method].from_rows or (
+        rank_allocation == "energy" and METHODS[method].needs != "weight"
     )
 
 
@@ -137,9 +136,12 @@ class InitConfig(Section):
         None, description="the inverse of the paper's gamma; auto: chosen by the init batch's loss"
     )
     norm_clip: bool = Field(description="shrink the factors where s B0 A0 would exceed W")
-    bsz: Count | None = Field(None, description="rows per micro-batch of the one-step gradient")
-    iters: Count | None = Field(None, description="micro-batches of the one-step gradient")
-    max_length: Count | None = Field(None, description="longest row of the one-step gradient")
+    bsz: Count | None = Field(
+        None,
+        description="rows per micro-batch of the one-step gradient (EVA, CorDA: inputs)",
+    )
+    iters: Count | None = Field(None, description="micro-batches: bsz x iters rows in all")
+    max_length: Count | None = Field(None, description="longest of these rows")
 
     @property
     def method(self) -> str:
@@ -147,9 +149,9 @@ class InitConfig(Section):
         return DIRECTIONS[self.direction]
 
     @property
-    def needs_gradient(self) -> bool:
-        """Tell whether the one-step gradient is taken, for the factors or for the ranks."""
-        return needs_gradient(self.method, self.rank_allocation)
+    def needs_rows(self) -> bool:
+        """Tell whether the factors, or the ranks, depend on the rows of the init batch."""
+        return needs_rows(self.method, self.rank_allocation)
 
 
 class AdamWConfig(Section):
@@ -400,7 +402,7 @@ class Config(Section):
 
     @property
     def learns(self) -> bool:
-        """Tell whether training rows are needed: to train, or for the gradient of the start."""
+        """Tell whether training rows are needed: to train, or for the start."""
         if self.evaluate.adapter is not None:
             return False
-        return self.trains or self.init.needs_gradient
+        return self.trains or self.init.needs_rows

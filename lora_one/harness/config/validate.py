@@ -12,13 +12,12 @@ from pydantic import ValidationError
 from lora_one.errors import InputError, nearest
 from lora_one.harness.config.schema import (
     DIRECTIONS,
-    GRADIENT_METHODS,
     SCALED_METHODS,
     Config,
     LauncherConfig,
     OptimizerConfig,
     Section,
-    needs_gradient,
+    needs_rows,
 )
 from lora_one.harness.config.task_options import check_options, describe, require_task
 from lora_one.harness.distributed.parallelism import DEEPSPEED, check_parallelism
@@ -85,16 +84,16 @@ def _settle_init(init: dict[str, Any]) -> None:
         raise InputError(f"init.scale is needed by init.direction={direction}")
     if method not in SCALED_METHODS and "scale" in init:
         init["scale"] = None
-    if method == "lora" and init.get("norm_clip") is True:
+    if method in ("lora", "eva") and init.get("norm_clip") is True:
         init["norm_clip"] = False  # B A is zero
-    takes_gradient = needs_gradient(method, init.get("rank_allocation"))
+    rows = needs_rows(method, init.get("rank_allocation"))
     reason = f"init.direction={direction}"
-    if method not in GRADIENT_METHODS:
+    if not METHODS[method].from_rows:
         reason = "init.rank_allocation=energy"
     for key in ("bsz", "iters", "max_length"):
-        if takes_gradient and init.get(key) is None:
+        if rows and init.get(key) is None:
             raise InputError(f"init.{key} is needed by {reason}")
-        if not takes_gradient and _is_positive(init.get(key)):
+        if not rows and _is_positive(init.get(key)):
             init[key] = None
 
 
@@ -160,6 +159,11 @@ def _check_allocation(config: Config) -> None:
         )
     if not config.peft.use_peft:
         raise InputError(f"{asked}: peft=full_ft has no ranks. Leave one of them out.")
+    if METHODS[config.init.method].inputs:
+        raise InputError(
+            f"{asked} follows the gradient or W, and init.direction={config.init.direction} looks "
+            "at the layers' inputs. Leave one of them out."
+        )
     if config.peft.adalora:
         raise InputError(
             f"{asked}: peft=adalora allocates ranks by itself while it trains. Leave one of them "

@@ -205,9 +205,9 @@ def batches_of(rows: Sequence[dict[str, Any]], size: int, collator: Collator) ->
 
 
 def init_batches(config: Config, data: Data, collator: Collator) -> list[Batch]:
-    """Take the rows of the one-step gradient: the first ``bsz x iters`` that are short enough.
+    """Take the rows that a start looks at: the first ``bsz x iters`` that are short enough.
 
-    A method without a gradient has its init loss reported on the first eight rows, or on one per
+    A method that looks at none has its init loss reported on the first eight rows, or on one per
     rank where there are more ranks; where there are too few training rows for that, or none were
     read, it goes without.
 

@@ -61,7 +61,7 @@ def initialise(config: Config, plan: Plan, base: PreTrainedModel) -> tuple[Any, 
         options["scale"] = config.init.scale
     if config.init.stable_gamma is not None:
         options["stable_gamma"] = config.init.stable_gamma
-    if METHODS[method].needs:
+    if METHODS[method].needs or METHODS[method].inputs:
         options["cache_dir"] = Path(config.output_dir) / "cache" / "init"
     report = lora_one.initialize(model, batches, method=method, **options)
     facts = report.to_dict() | {"summary": report.summary()}
