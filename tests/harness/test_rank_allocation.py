@@ -37,6 +37,7 @@ def test_rows_of_the_gradient_count_where_it_is_taken(compose):
         (["peft=full_ft", "init=lora"], "peft=full_ft has no ranks"),
         (["peft=adalora", "init=lora"], "adalora allocates ranks by itself"),
         (["evaluate.adapter=here", "model.name=base"], "is there already, with its ranks"),
+        (["init=eva"], "init.direction=EVA looks at the layers' inputs"),
         (["init=lora", "init.bsz=null"], "init.bsz is needed by init.rank_allocation=energy"),
     ],
 )

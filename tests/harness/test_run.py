@@ -21,7 +21,7 @@ from lora_one.harness.records.lease import acquire, lease_folder, look
 from lora_one.harness.records.record import RunRecord
 
 ROOT = Path(__file__).parents[2]
-INITS = ["lora", "gaussian", "kaiming", "orthogonal", "pissa", "olora", "lora_ga", "lora_one"]
+INITS = "lora gaussian kaiming orthogonal pissa olora lora_ga lora_one eva corda".split()
 
 
 def lines(folder: Path, name: str) -> list[dict]:
@@ -156,7 +156,8 @@ def test_every_method_trains_and_exports_a_plain_lora_of_the_untouched_base(
     small, run, request, init, optimizer, architecture
 ):
     base = request.getfixturevalue(f"{architecture}_folder")
-    config = small(f"init={init}", f"optimizer={optimizer}", f"model.name={base}")
+    rows = ["init.bsz=2", "init.iters=4"]
+    config = small(f"init={init}", f"optimizer={optimizer}", f"model.name={base}", *rows)
     record = run(config)
     assert record["status"] == "finished"
     assert record["method"] == init
