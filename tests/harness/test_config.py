@@ -43,7 +43,7 @@ def test_every_method_has_a_preset_of_its_own_name(compose):
 
 BAD = {
     "init.direction=LoRA-Two": "Did you mean 'LoRA-One'?",
-    "init=lora_two": "Did you mean 'lora_one'? Valid: default, gaussian",
+    "init=lora_two": "Did you mean 'lora_one'? Valid: corda, default",
     "initt=lora": "initt: nothing reads this key. Did you mean 'init'?",
     "model.learning_rat=1": "Did you mean 'learning_rate'?",
     "++model.learning_rat=1": "Did you mean 'learning_rate'?",

@@ -19,9 +19,10 @@ from lora_one.harness import export
 from lora_one.harness.records.folder import run_id
 from lora_one.harness.records.lease import acquire, lease_folder, look
 from lora_one.harness.records.record import RunRecord
+from lora_one.numerics.methods import METHODS
 
 ROOT = Path(__file__).parents[2]
-INITS = "lora gaussian kaiming orthogonal pissa olora lora_ga lora_one eva corda".split()
+INITS = list(METHODS)
 
 
 def lines(folder: Path, name: str) -> list[dict]:
