@@ -23,7 +23,7 @@ from lora_one.errors import InputError, NonFiniteError
 from lora_one.gradients.logits import promised_logits
 from lora_one.gradients.plan import BUDGET, in_groups
 from lora_one.gradients.restore import left_as_found
-from lora_one.gradients.stream import Ranks, agreed_batches, together
+from lora_one.gradients.stream import Ranks, agreed_batches, smallest_over_ranks, together
 from lora_one.gradients.tokens import IGNORED, Batch, to_device
 from lora_one.layers import TargetLayer, model_device
 from lora_one.numerics.precision import full_precision
@@ -113,7 +113,8 @@ def stream_inputs(
         layers: the layers of interest; names are unique.
         consume: called once per layer; the count is 0 for a layer that no token reached.
         statistic: ``"covariance"`` or ``"second moment"``.
-        memory_budget: bytes of sums at a time; None for ``plan.BUDGET``.
+        memory_budget: bytes of sums at a time; None for ``plan.BUDGET``, or half of the memory that
+            is free on a GPU.
 
     Raises:
         InputError: for unusable batches.
@@ -121,7 +122,7 @@ def stream_inputs(
     """
     centred, ranks = statistic == "covariance", together()
     counted = agreed_batches(model, batches)
-    budget = BUDGET if memory_budget is None else memory_budget
+    budget = _budget(model) if memory_budget is None else memory_budget
     for group in in_groups(layers, budget, lambda layer: 4 * layer.shape[1] ** 2):
         statistics = {
             x.name: Statistic(x, centred=centred)
@@ -138,6 +139,13 @@ def stream_inputs(
                     "at the init rows."
                 )
             consume(name, found)
+
+
+def _budget(model: nn.Module) -> int:
+    """Return what all ranks have room for: each group of layers takes a pass over the batches."""
+    device = model_device(model)
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 0
+    return int(smallest_over_ranks(max(BUDGET, free // 2), model))
 
 
 def _sweep(

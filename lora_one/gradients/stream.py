@@ -151,7 +151,7 @@ def agreed_batches(model: nn.Module, batches: Iterable[Batch]) -> list[tuple[Bat
     if _largest_over_ranks(float(error is not None), model):
         raise error or InputError("the init batches of another rank cannot be used.")
     if is_sharded(model):
-        fewest = -_largest_over_ranks(-len(counted), model)
+        fewest = smallest_over_ranks(len(counted), model)
         most = _largest_over_ranks(len(counted), model)
         if fewest != most:
             raise InputError(
@@ -288,7 +288,7 @@ def _ranks_agree(pending: Counter[str], model: nn.Module) -> bool:
     if together() is None:
         return True
     mark = float(zlib.crc32(repr(list(pending.items())).encode()))
-    return _largest_over_ranks(mark, model) == -_largest_over_ranks(-mark, model)
+    return _largest_over_ranks(mark, model) == smallest_over_ranks(mark, model)
 
 
 def _sum_over_ranks(value: float, model: nn.Module) -> float:
@@ -297,6 +297,11 @@ def _sum_over_ranks(value: float, model: nn.Module) -> float:
 
 def _largest_over_ranks(value: float, model: nn.Module) -> float:
     return _over_ranks(value, model, "MAX")
+
+
+def smallest_over_ranks(value: float, model: nn.Module) -> float:
+    """Return the smallest value that a rank has; the own one in a single process."""
+    return _over_ranks(value, model, "MIN")
 
 
 def _over_ranks(value: float, model: nn.Module, operation: str) -> float:
