@@ -46,7 +46,7 @@ def test_decomposition_agrees_with_lapack():
     assert float(error.norm() / best.norm()) < 1e-3
 
 
-@pytest.mark.parametrize("method", ["lora_one", "lora_ga", "pissa"])
+@pytest.mark.parametrize("method", ["lora_one", "lora_ga", "pissa", "eva", "corda"])
 def test_start_on_gpu_equals_start_on_cpu(method, tmp_path):
     on_cpu, on_gpu = adapted(tiny_llama()), adapted(tiny_llama()).cuda()
     first = lora_one.initialize(on_cpu, batches_for(), method=method)
