@@ -19,7 +19,7 @@ from lora_one.errors import InputError, NonFiniteError
 from lora_one.gradients.logits import promised_logits
 from lora_one.gradients.plan import plan
 from lora_one.gradients.restore import checkpointed, left_as_found
-from lora_one.gradients.tap import differentiable_embeddings, tapped, weight_gradient
+from lora_one.gradients.tap import differentiable_inputs, tapped, weight_gradient
 from lora_one.gradients.tokens import Batch, checked_batches, to_device
 from lora_one.layers import TargetLayer, computing_device, model_device
 from lora_one.sharding import is_sharded
@@ -219,7 +219,7 @@ def _sweep(
         stack.enter_context(tapped(group, sums.add, sums.on_forward))
         stack.enter_context(promised_logits(model))
         if _is_reentrant(model):
-            stack.enter_context(differentiable_embeddings(model))
+            stack.enter_context(differentiable_inputs(model))
         for index, (batch, tokens) in enumerate(counted):
             sums.pending.clear()
             loss = _loss(model, to_device(batch, device)) * tokens

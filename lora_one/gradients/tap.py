@@ -7,6 +7,7 @@ and sharded weights, and a layer's gradient can be used and dropped before the n
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -66,19 +67,32 @@ def tapped(
 
 
 @contextmanager
-def differentiable_embeddings(model: nn.Module) -> Iterator[None]:
-    """Let the input embeddings' output require a gradient while the context lasts.
+def differentiable_inputs(model: nn.Module) -> Iterator[None]:
+    """Let what enters a checkpointed block require a gradient while the context lasts.
 
-    Reentrant activation checkpointing only records a block whose input requires one.
+    Reentrant activation checkpointing only records a block one of whose inputs requires one.
     """
-    with ExitStack() as stack:
+    before = []
+    try:
         for module in model.modules():
-            if isinstance(module, nn.Embedding):
-                handle = module.register_forward_hook(
-                    lambda module, args, output: output.detach().requires_grad_()
-                )
-                stack.callback(handle.remove)
+            function = vars(module).get("_gradient_checkpointing_func")
+            if function is not None:
+                before.append((module, function))
+                module._gradient_checkpointing_func = partial(_run_differentiably, function)
         yield
+    finally:
+        for module, function in before:
+            module._gradient_checkpointing_func = function
+
+
+def _run_differentiably(
+    checkpoint: Callable[..., Any], block: Callable[..., Any], *args: Any
+) -> Any:
+    """Run the block; if no input requires a gradient, the first does, its hidden states."""
+    floating = [x for x in args if isinstance(x, Tensor) and x.is_floating_point()]
+    if not any(x.requires_grad for x in floating):
+        args = [x.detach().requires_grad_() if x is floating[0] else x for x in args]
+    return checkpoint(block, *args)
 
 
 def weight_gradient(x: Tensor, grad_output: Tensor) -> Tensor:
