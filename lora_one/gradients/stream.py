@@ -229,7 +229,8 @@ def _sweep(
             if index == len(counted) - 1:
                 sums.at_once = _ranks_agree(sums.pending, model)
             sums.in_backward = True
-            loss.backward()
+            if loss.requires_grad or sums.pending:  # else the batch reaches none of the layers
+                loss.backward()
             sums.in_backward = False
             del loss
             loss_sum += value

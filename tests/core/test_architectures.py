@@ -2,12 +2,13 @@
 
 import warnings
 
+import pytest
 import torch
 import transformers
 
 import lora_one
 
-from .test_gradients import assert_equal
+from .test_gradients import Shared, assert_equal
 
 ENCODER = {
     "hidden_size": 32,
@@ -30,3 +31,14 @@ def test_reentrant_checkpointing_reaches_blocks_without_embeddings():
         warnings.simplefilter("error")
         assert_equal(lora_one.estimate_gradients(model, batches), exact, 1e-6)
     assert model.vit.layers[0]._gradient_checkpointing_func is before
+
+
+@pytest.mark.parametrize("strategy", ["hold", "groups"])
+def test_layers_that_no_batch_reaches_have_a_zero_gradient_also_alone(strategy):
+    model, ids = Shared(), torch.arange(5)[None]
+    batches = [{"input_ids": ids, "labels": ids}] * 2
+    names = ["unused", "head"] if strategy == "groups" else ["unused"]
+    ours = lora_one.estimate_gradients(
+        model, batches, target_modules=names, strategy=strategy, memory_budget=1
+    )
+    assert list(ours) == names and not ours["unused"].any()
