@@ -9,7 +9,15 @@ from torch import Tensor, nn
 from lora_one.errors import InputError
 
 IGNORED = -100
-_UNSHIFTED = ("ForMaskedLM", "ForTokenClassification", "ForSequenceClassification")
+_UNSHIFTED = (
+    "ForMaskedLM",
+    "ForPreTraining",
+    "ForTokenClassification",
+    "ForSequenceClassification",
+    "CpmAntForCausalLM",
+    "XLNetLMHeadModel",
+    "WithLMHeadModel",  # XLM and Flaubert
+)
 
 Batch = Mapping[str, Any]
 
@@ -18,7 +26,8 @@ def supervised_tokens(model: nn.Module, batch: Batch) -> int:
     """Return how many tokens the model's own loss is the mean of.
 
     Labels of -100 never count. A causal model predicts position t from those before it, so the
-    first column counts for nothing; encoder-decoders and classifiers shift nothing.
+    first column counts for nothing; encoder-decoders, masked models, classifiers and a few language
+    models (XLNet, XLM) shift nothing.
     """
     if "shift_labels" in batch:
         return int((batch["shift_labels"] != IGNORED).sum())

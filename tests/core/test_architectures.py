@@ -42,3 +42,20 @@ def test_layers_that_no_batch_reaches_have_a_zero_gradient_also_alone(strategy):
         model, batches, target_modules=names, strategy=strategy, memory_budget=1
     )
     assert list(ours) == names and not ours["unused"].any()
+
+
+@pytest.mark.parametrize("kind", ["XLNet", "Flaubert"])
+def test_language_models_that_shift_nothing_are_weighted_by_all_their_labels(kind):
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 61, "n_layer": 1, "d_inner": 48, "n_layers": 1, "n_heads": 4}
+    own = {"XLNet": {"d_model": 32, "n_head": 4}, "Flaubert": {"emb_dim": 32}}[kind]
+    config = getattr(transformers, f"{kind}Config")(**sizes, **own, pad_index=0)
+    heads = {"XLNet": "XLNetLMHeadModel", "Flaubert": "FlaubertWithLMHeadModel"}
+    model = getattr(transformers, heads[kind])(config).eval()
+    ids = torch.randint(2, 61, (3, 7))
+    labels = ids.clone()
+    labels[0, 1:], labels[1:, 0] = -100, -100
+    rows = [{"input_ids": x[None], "labels": y[None]} for x, y in zip(ids, labels, strict=True)]
+    together = [{"input_ids": ids, "labels": labels}]
+    exact = lora_one.estimate_gradients(model, together, train=False)
+    assert_equal(lora_one.estimate_gradients(model, rows, train=False), exact, 1e-5)
