@@ -22,7 +22,13 @@ from lora_one.harness.models.adapter import (
     check_rank,
     target_shapes,
 )
-from lora_one.harness.models.base import Base, find_base, load_tokenizer, skeleton
+from lora_one.harness.models.base import (
+    Base,
+    find_base,
+    load_tokenizer,
+    require_one_direction,
+    skeleton,
+)
 from lora_one.harness.training.diagnostics import choose_layers, reference_batches
 from lora_one.harness.training.loop import Schedule, plan_steps
 from lora_one.numerics.methods import METHODS
@@ -122,6 +128,7 @@ def plan_adapter(
     given = given_adapter(config)
     if given is not None:
         return match_adapter(given, base, config.model.name)
+    require_one_direction(base, config.model.name)
     _require_unpacked(config, base)
     if not config.peft.use_peft:
         return None, {}

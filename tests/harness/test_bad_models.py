@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from encoders import save_roberta
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoTokenizer,
@@ -148,6 +149,14 @@ def test_a_type_that_does_not_fit_is_answered_with_those_that_do(
         assert valid in refused(folder, f"model.type={wrong}")
         with pytest.raises(InputError, match=valid):
             foresee(small(f"model.name={folder}", f"model.type={wrong}", "dry_run=true"))
+
+
+def test_an_encoder_is_not_trained_to_write(refused, small, tmp_path):
+    folder = save_roberta(tmp_path / "roberta", ["it is red"])
+    for choice in ("peft=all", "peft=full_ft", "train=none"):
+        assert "an encoder (roberta)" in refused(folder, choice, "init=lora")
+    with pytest.raises(InputError, match=r"Add model\.type=Seq"):
+        foresee(small(f"model.name={folder}", "dry_run=true"))
 
 
 @pytest.mark.parametrize("choice", [["init=pissa"], ["init=lora", "peft=full_ft"]])

@@ -11,6 +11,7 @@ from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForMaskedLM,
     AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
@@ -135,6 +136,23 @@ def _require_type(config: PretrainedConfig, model: ModelConfig, architecture: st
         f"model.type={model.type}: {model.name} is a {config.model_type} model, which cannot be "
         + (f"that. Valid for it: {', '.join(valid)}." if valid else "trained here. Give another.")
     )
+
+
+def require_one_direction(base: Base, name: str) -> None:
+    """Refuse to let an encoder write: each token would see those that it is to predict.
+
+    Raises:
+        InputError: a language model whose attention goes both ways, such as BERT.
+    """
+    config = base.config
+    encoder = type(config) in AutoModelForMaskedLM._model_mapping
+    decodes = config.is_encoder_decoder or getattr(config, "is_decoder", False)
+    if base.architecture == "causal" and encoder and not decodes:
+        raise InputError(
+            f"model.name={name} is an encoder ({config.model_type}): each token sees those that it "
+            "would have to predict. Add model.type=SequenceClassification, with a dataset that has "
+            "labels, or give a model that writes text."
+        )
 
 
 def _size_head(config: PretrainedConfig, task: type[Task] | None, name: str) -> None:
