@@ -19,7 +19,12 @@ from lora_one.errors import InputError, NonFiniteError
 from lora_one.gradients.logits import promised_logits
 from lora_one.gradients.plan import plan
 from lora_one.gradients.restore import checkpointed, left_as_found
-from lora_one.gradients.tap import differentiable_inputs, tapped, weight_gradient
+from lora_one.gradients.tap import (
+    checked_outputs,
+    differentiable_inputs,
+    tapped,
+    weight_gradient,
+)
 from lora_one.gradients.tokens import Batch, checked_batches, to_device
 from lora_one.layers import TargetLayer, computing_device, model_device
 from lora_one.sharding import is_sharded
@@ -131,7 +136,7 @@ def mean_loss(
             if ".lora_dropout" in name:
                 module.eval()
         for batch, tokens in counted:
-            with promised_logits(model):
+            with checked_outputs(model), promised_logits(model):
                 loss = _loss(model, to_device(batch, device))
             loss_sum += float(loss) * tokens
     total = _sum_over_ranks(sum(tokens for _, tokens in counted), model)

@@ -11,10 +11,11 @@ from functools import partial
 from typing import Any
 
 import torch
+from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from lora_one.errors import InputError
-from lora_one.layers import TargetLayer
+from lora_one.layers import TargetLayer, base_name, is_linear
 from lora_one.numerics.precision import computing_dtype
 
 Consumer = Callable[[str, Tensor, Tensor], None]
@@ -64,6 +65,35 @@ def tapped(
             handle = layer.module.register_forward_hook(hook, prepend=True, with_kwargs=True)
             stack.callback(handle.remove)
         yield
+
+
+@contextmanager
+def checked_outputs(model: nn.Module) -> Iterator[None]:
+    """Refuse adapted linear layers that return anything but ``W x + b``, before PEFT trips.
+
+    Such are the routers of some mixtures of experts, which PEFT's ``"all-linear"`` adapts.
+
+    Raises:
+        InputError: in the forward pass, naming the layer.
+    """
+    with ExitStack() as stack:
+        for name, module in model.named_modules():
+            if isinstance(module, LoraLayer) and is_linear(module.get_base_layer()):
+                check = partial(_check_output, base_name(name).removeprefix("base_model.model."))
+                stack.callback(module.get_base_layer().register_forward_hook(check).remove)
+        yield
+
+
+def _check_output(name: str, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+    _require_tensor(name, module, output)
+
+
+def _require_tensor(name: str, module: nn.Module, output: Any) -> None:
+    if not isinstance(output, Tensor):
+        raise InputError(
+            f"layer '{name}' returns a {type(output).__name__} instead of W x + b (a "
+            f"{type(module).__name__}); leave it out of the target modules."
+        )
 
 
 @contextmanager
@@ -119,11 +149,7 @@ def _make_hook(
     def hook(
         module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
     ) -> Tensor:
-        if not isinstance(output, Tensor):
-            raise InputError(
-                f"layer '{name}' returns a {type(output).__name__} instead of W x + b (a "
-                f"{type(module).__name__}); leave it out of the target modules."
-            )
+        _require_tensor(name, module, output)
         x = args[0] if args else next(iter(kwargs.values()))
         anchor = anchors.get(output.device)
         if anchor is None:

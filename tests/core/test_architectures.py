@@ -5,10 +5,12 @@ import warnings
 import pytest
 import torch
 import transformers
+from peft import LoraConfig, get_peft_model
 
 import lora_one
 
 from .test_gradients import Shared, assert_equal
+from .tiny import SIZES, batches_for
 
 ENCODER = {
     "hidden_size": 32,
@@ -59,3 +61,15 @@ def test_language_models_that_shift_nothing_are_weighted_by_all_their_labels(kin
     together = [{"input_ids": ids, "labels": labels}]
     exact = lora_one.estimate_gradients(model, together, train=False)
     assert_equal(lora_one.estimate_gradients(model, rows, train=False), exact, 1e-5)
+
+
+@pytest.mark.parametrize("method", ["lora", "pissa", "lora_one"])
+def test_an_adapted_router_is_refused_before_peft_trips_over_what_it_returns(method):
+    torch.manual_seed(0)
+    config = transformers.PhimoeConfig(**SIZES, num_local_experts=4, num_experts_per_tok=2)
+    base = transformers.PhimoeForCausalLM(config)
+    model = get_peft_model(base, LoraConfig(r=2, target_modules="all-linear"))
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with pytest.raises(lora_one.InputError, match=r"layer 'model.layers.0.mlp.router' returns a t"):
+        lora_one.initialize(model, batches_for(), method=method)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
