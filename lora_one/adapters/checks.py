@@ -37,10 +37,11 @@ def check_layers(layers: list[AdaptedLayer], options: Options) -> None:
     if tight:
         layer = min(tight, key=usable.__getitem__)
         needs = "2 r" if spec.rank_multiple == 2 else "r"
+        fits = f"at most rank {usable[layer]} there. Lower r, set rank_pattern for this layer, or"
         raise InputError(
             f"rank {layer.r} is too large for layer '{layer.name}' of shape {layer.shape}: "
-            f"{options.method} needs {needs} <= {min(layer.shape)}, so at most rank "
-            f"{usable[layer]} there. Lower r, or set rank_pattern for this layer."
+            f"{options.method} needs {needs} <= {min(layer.shape)}, so "
+            f"{fits if usable[layer] else 'no rank fits;'} leave it out (exclude_modules)."
         )
     for layer in layers:
         m, n = layer.shape

@@ -73,3 +73,11 @@ def test_an_adapted_router_is_refused_before_peft_trips_over_what_it_returns(met
     with pytest.raises(lora_one.InputError, match=r"layer 'model.layers.0.mlp.router' returns a t"):
         lora_one.initialize(model, batches_for(), method=method)
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def test_of_a_gate_with_one_output_lora_ga_says_that_no_rank_fits():
+    config = transformers.Qwen2MoeConfig(**SIZES, num_experts=4, num_experts_per_tok=2)
+    gate = LoraConfig(r=1, target_modules=["shared_expert_gate"])
+    model = get_peft_model(transformers.Qwen2MoeForCausalLM(config), gate)
+    with pytest.raises(lora_one.InputError, match=r"2 r <= 1, so no rank fits; leave it out"):
+        lora_one.initialize(model, batches_for(), method="lora_ga")

@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM
 
 from lora_one.errors import InputError, NonFiniteError, RunHeldError
 from lora_one.harness import export
+from lora_one.harness.models.adapter import check_rank
 from lora_one.harness.records.folder import run_id
 from lora_one.harness.records.lease import acquire, lease_folder, look
 from lora_one.harness.records.record import RunRecord
@@ -376,6 +377,8 @@ def test_rank_above_the_layer_names_the_layer_and_what_would_do(small, run):
         run(small("peft.lora_r=17", "init=lora"))
     with pytest.raises(InputError, match=r"LoRA-GA takes 2r.*largest usable rank is 8"):
         run(small("peft.lora_r=9", "init=lora_ga"))
+    with pytest.raises(InputError, match=r"gate, which is 1 x 32.* No rank fits; name other"):
+        check_rank(small("peft.lora_r=1", "init=lora_ga"), {"mlp.gate": (1, 32)})
 
 
 def test_files_are_utf_8_whatever_the_locale_says(tmp_path):

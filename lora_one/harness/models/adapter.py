@@ -231,9 +231,12 @@ def check_rank(config: Config, shapes: dict[str, tuple[int, int]]) -> None:
     elif config.peft.adalora:
         factor, why = ADALORA_START, " (AdaLoRA starts at rank 1.5 r)"
     if round(factor * config.peft.lora_r) > min(shape):
+        usable = int(min(shape) / factor)
+        fits = f"The largest usable rank is {usable}; or" if usable else "No rank fits;"
         raise InputError(
             f"peft.lora_r={config.peft.lora_r} is too large for {name}, which is "
-            f"{shape[0]} x {shape[1]}{why}. The largest usable rank is {int(min(shape) / factor)}."
+            f"{shape[0]} x {shape[1]}{why}. {fits} name other layers with "
+            "peft.lora_target_modules=[...]."
         )
 
 
