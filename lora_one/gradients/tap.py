@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from peft.tuners.lora import LoraLayer
+from peft.tuners.lora.layer import ParamWrapper
 from torch import Tensor, nn
 
 from lora_one.errors import InputError
@@ -71,16 +72,20 @@ def tapped(
 def checked_outputs(model: nn.Module) -> Iterator[None]:
     """Refuse adapted linear layers that return anything but ``W x + b``, before PEFT trips.
 
-    Such are the routers of some mixtures of experts, which PEFT's ``"all-linear"`` adapts.
+    Such are the routers of some mixtures of experts, which PEFT's ``"all-linear"`` adapts. With
+    ``target_parameters`` PEFT adds to the weight instead, whatever the layer returns.
 
     Raises:
         InputError: in the forward pass, naming the layer.
     """
     with ExitStack() as stack:
         for name, module in model.named_modules():
-            if isinstance(module, LoraLayer) and is_linear(module.get_base_layer()):
+            if not isinstance(module, LoraLayer) or isinstance(module, ParamWrapper):
+                continue
+            base = module.get_base_layer()
+            if is_linear(base):
                 check = partial(_check_output, base_name(name).removeprefix("base_model.model."))
-                stack.callback(module.get_base_layer().register_forward_hook(check).remove)
+                stack.callback(base.register_forward_hook(check).remove)
         yield
 
 

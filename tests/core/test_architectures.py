@@ -75,6 +75,15 @@ def test_an_adapted_router_is_refused_before_peft_trips_over_what_it_returns(met
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 
+def test_a_router_may_be_adapted_as_a_parameter():
+    torch.manual_seed(0)
+    config = transformers.PhimoeConfig(**SIZES, num_local_experts=4, num_experts_per_tok=2)
+    adapter = LoraConfig(r=2, target_parameters=["mlp.router.weight"])
+    model = get_peft_model(transformers.PhimoeForCausalLM(config), adapter)
+    report = lora_one.initialize(model, batches_for(), method="lora")
+    assert report.loss_after == report.loss_before
+
+
 def test_of_a_gate_with_one_output_lora_ga_says_that_no_rank_fits():
     config = transformers.Qwen2MoeConfig(**SIZES, num_experts=4, num_experts_per_tok=2)
     gate = LoraConfig(r=1, target_modules=["shared_expert_gate"])
