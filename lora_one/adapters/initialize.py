@@ -423,16 +423,26 @@ def _finish(
 
 
 def _advise(report: InitReport) -> None:
-    if report.loss_after is None or report.loss_before is None:
+    before, after = report.loss_before, report.loss_after
+    if before is None or after is None:
         return
-    if not math.isfinite(report.loss_after) or report.loss_after > 1.02 * report.loss_before:
-        if report.stable_gamma:
-            advice = "raise stable_gamma or lower the learning rate"
-        elif report.scale is not None and not report.offset:
-            advice = f"the scale '{report.scale}' makes too large a step here, choose 'stable'"
-        else:
-            advice = "check the base weights' dtype"
-        report.warnings.append(
-            f"the init batch's loss rises from {report.loss_before:.4f} to "
-            f"{report.loss_after:.4f} by the start alone; {advice}."
+    falls = report.offset and after < 0.98 * before
+    if math.isfinite(after) and after <= 1.02 * before and not falls:
+        return
+    if report.offset:
+        smaller = "; raise stable_gamma for a smaller one" if report.stable_gamma else ""
+        advice = (
+            "it should leave the outputs alone. Either the base weights' dtype is too coarse for "
+            f"the offset{smaller}, or the model uses the weight of an adapted layer without "
+            "calling the layer, which has to be left out of the target modules"
         )
+    elif report.stable_gamma:
+        advice = "raise stable_gamma or lower the learning rate"
+    elif report.scale is not None:
+        advice = f"the scale '{report.scale}' makes too large a step here, choose 'stable'"
+    else:
+        advice = "check the base weights' dtype"
+    report.warnings.append(
+        f"the init batch's loss {'falls' if falls else 'rises'} from {before:.4f} to {after:.4f} "
+        f"by the start alone; {advice}."
+    )

@@ -6,11 +6,12 @@ import pytest
 import torch
 import transformers
 from peft import LoraConfig, get_peft_model
+from torch import nn
 
 import lora_one
 
 from .test_gradients import Shared, assert_equal
-from .tiny import SIZES, batches_for
+from .tiny import SIZES, adapted, batches_for, tiny_llama
 
 ENCODER = {
     "hidden_size": 32,
@@ -90,3 +91,16 @@ def test_of_a_gate_with_one_output_lora_ga_says_that_no_rank_fits():
     model = get_peft_model(transformers.Qwen2MoeForCausalLM(config), gate)
     with pytest.raises(lora_one.InputError, match=r"2 r <= 1, so no rank fits; leave it out"):
         lora_one.initialize(model, batches_for(), method="lora_ga")
+
+
+def test_an_offset_that_the_outputs_miss_is_told(llama_batches):
+    """A weight that the model uses without calling its layer loses ``s B A``, and gains nothing."""
+    peft_model = adapted(tiny_llama(), r=16, targets=["down_proj"])
+    for layer in peft_model.get_base_model().model.layers:
+        mlp = layer.mlp
+        mlp.forward = lambda x, mlp=mlp: nn.functional.linear(
+            mlp.act_fn(mlp.gate_proj(x)) * mlp.up_proj(x), mlp.down_proj.weight
+        )
+    report = lora_one.initialize(peft_model, llama_batches, method="pissa")
+    (warning,) = report.warnings
+    assert "without calling the layer" in warning
