@@ -124,7 +124,7 @@ def joined_batch(batches: Sequence[Batch], model: nn.Module) -> dict[str, Any] |
             joined[key] = torch.cat(values)
             continue
         known = key in _PADDING or key in _TOKEN_KEYS
-        masked = "attention_mask" in batches[0]
+        masked = "attention_mask" in batches[0] and not any(map(_predicts_from_padding, batches))
         if not (known and masked and all(value.ndim == 2 for value in values)):
             return None
         fill = _PADDING.get(key, padding or 0)
@@ -138,6 +138,18 @@ def joined_batch(batches: Sequence[Batch], model: nn.Module) -> dict[str, Any] |
 
 def _has_rows(value: Any) -> bool:
     return isinstance(value, Tensor) and value.ndim >= 1
+
+
+def _predicts_from_padding(batch: Batch) -> bool:
+    """Whether a row padded on the left supervises its first token.
+
+    Such a token is predicted from a position that attends to nothing, or to all in equal parts: the
+    loss then depends on how long the padding is.
+    """
+    mask, labels = batch["attention_mask"], batch["labels"]
+    if mask.ndim != 2 or mask.shape != labels.shape:
+        return False
+    return bool(((labels[:, 1:] != IGNORED) & (mask[:, :-1] == 0)).any())
 
 
 def _padding_id(model: nn.Module) -> int | None:

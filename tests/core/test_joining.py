@@ -62,3 +62,16 @@ def test_types_of_tokens_are_not_padded_with_the_id_of_a_token():
     rows = rows_to_classify(token_type_ids=0)
     held = lora_one.estimate_gradients(classifier, rows)
     assert_equal(lora_one.estimate_gradients(classifier, rows, strategy="join"), held, 1e-5)
+
+
+@pytest.mark.parametrize(("masked", "strategy"), [(True, "join"), (False, "groups")])
+def test_rows_that_predict_from_their_padding_on_the_left_are_not_joined(masked, strategy, llama):
+    batches = batches_for(rows=(2,)) + batches_for(rows=(2,), length=9, seed=2)
+    for batch in batches:
+        batch["attention_mask"] = torch.ones_like(batch["input_ids"])
+        batch["attention_mask"][0, :2] = 0
+        batch["labels"] = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
+        if masked:  # a prompt, as in training on answers
+            batch["labels"][:, 2] = -100
+    layers = plain_layers(llama, "all-linear")
+    assert plan(llama, checked_batches(llama, batches), layers, budget=0).strategy == strategy
