@@ -41,7 +41,9 @@ class NarrowProducts:
 
     def grams(self, pairs: Sequence[Pair]) -> tuple[Tensor, Tensor]:
         """Return ``A Aᵀ`` and ``Bᵀ B`` of each pair, both (len(pairs), r, r)."""
-        grams_A, grams_B = torch.empty(2, len(pairs), self._rank, self._rank)
+        # Whatever torch.set_default_dtype and torch.set_default_device say.
+        shape = (2, len(pairs), self._rank, self._rank)
+        grams_A, grams_B = torch.empty(shape, dtype=torch.float32, device="cpu")
         factors = [[factor.data_ptr() for factor in side] for side in zip(*pairs, strict=True)]
         self._call(self._library.grams, pairs, *factors, grams_A, grams_B)
         return grams_A, grams_B

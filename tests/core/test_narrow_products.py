@@ -100,6 +100,20 @@ def test_the_number_of_threads_changes_no_bit(compiled):
 
 
 @needs_a_compiler
+@pytest.mark.parametrize("default", [torch.float64, torch.bfloat16])
+def test_the_default_dtype_changes_no_bit(default, compiled):
+    pairs = pairs_of(8, [(64, 64)])
+    ((expected_A, expected_B),) = preconditioned(pairs)
+    torch.set_default_dtype(default)
+    try:
+        ((grad_A, grad_B),) = preconditioned(pairs)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(grad_A, expected_A) and torch.equal(grad_B, expected_B)
+    assert compiled == [1, 1]
+
+
+@needs_a_compiler
 def test_a_gradient_that_is_not_finite_is_not_made_finite(compiled):
     pairs = pairs_of(8, [(512, 1024)])
     (A, B), *_ = pairs
