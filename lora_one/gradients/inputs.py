@@ -14,6 +14,7 @@ counts, as one row. Layers are taken in groups whose sums fit a budget, one pass
 
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
+from itertools import chain
 from typing import Any
 
 import torch
@@ -39,7 +40,9 @@ class Statistic:
     """
 
     def __init__(self, layer: TargetLayer, *, centred: bool) -> None:
-        weight, n = next(layer.module.parameters()), layer.shape[1]
+        # Some quantised layers have no parameter.
+        weight = next(chain(layer.module.parameters(), layer.module.buffers()))
+        n = layer.shape[1]
         dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
         self.centred = centred
         self.count = 0.0
@@ -194,7 +197,8 @@ def _of_two_lengths(batch: dict[str, Any]) -> dict[str, Any]:
     tokens = batch.get("input_ids")
     if tokens is None or tokens.shape != batch["labels"].shape:
         return batch
-    mask = batch.get("attention_mask", torch.ones_like(tokens))
+    mask = batch.get("attention_mask")
+    mask = torch.ones_like(tokens) if mask is None else mask
     pad = torch.nn.functional.pad
     return {**batch, "input_ids": pad(tokens, (0, 1)), "attention_mask": pad(mask, (0, 1))}
 

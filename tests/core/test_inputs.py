@@ -8,6 +8,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora.config import CordaConfig, EvaConfig
 from peft.tuners.lora.corda import preprocess_corda
 from peft.tuners.lora.eva import initialize_lora_eva_weights
+from torch import nn
 
 import lora_one
 from lora_one.gradients.inputs import stream_inputs
@@ -173,6 +174,42 @@ def test_an_encoder_as_long_as_its_decoder_is_told_apart(method):
     for name, (B, A) in found[0].items():
         torch.testing.assert_close(B @ A, found[1][name][0] @ found[1][name][1])
         torch.testing.assert_close(A.T @ A, found[1][name][1].T @ found[1][name][1])
+
+
+@pytest.mark.parametrize("method", STATISTICS)
+def test_no_mask_is_a_mask_of_ones(method):
+    batch = batches_for("t5")[0]
+    batch["labels"] = torch.nn.functional.pad(batch["labels"], (0, 6), value=-100)
+    found = []
+    for mask in (None, torch.ones_like(batch["input_ids"])):
+        peft_model = adapted(MODELS["t5"](), targets=TARGETS["t5"])
+        these = {**batch, "attention_mask": mask}
+        lora_one.initialize(peft_model, [these], method=method, measure_loss=False)
+        found.append(factors(peft_model))
+    for name, pair in found[0].items():
+        assert all(map(torch.equal, pair, found[1][name]))
+
+
+class Packed(nn.Module):
+    """Its weight is no parameter, as in GPTQ's and AWQ's layers."""
+
+    def __init__(self, W):
+        super().__init__()
+        self.out_features, self.in_features = W.shape
+        self.register_buffer("packed", W)
+
+    def forward(self, x):
+        return x @ self.packed.T
+
+
+def test_eva_needs_no_parameter_of_a_layer(llama_batches):
+    expected, _ = started(tiny_llama(), llama_batches, "eva")
+    peft_model = adapted(tiny_llama())
+    for layer in adapted_layers(peft_model):
+        layer.peft_layer.base_layer = Packed(layer.module.weight.detach())
+    lora_one.initialize(peft_model, llama_batches, method="eva")
+    for name, (_, A) in factors(peft_model).items():
+        torch.testing.assert_close(A, factors(expected)[name][1])
 
 
 @pytest.mark.parametrize("method", STATISTICS)
