@@ -53,7 +53,14 @@ def page(tmp_path_factory, write_run, headless):
                 ],
             )
     error = {"type": "NonFiniteError", "message": f"step 3: {HOSTILE}", "phase": "train"}
-    write_run(root, "arithmetic-failed", status="failed", score=0.99, record={"error": error})
+    write_run(
+        root,
+        "arithmetic-failed",
+        status="failed",
+        score=0.99,
+        record={"error": error},
+        init={"method": "eva", "layers": [layer]},
+    )
     (write_run(root, "arithmetic-torn", score=0.99) / "run.json").write_text("{")
     with pytest.MonkeyPatch.context() as patch:
         # matplotlib's files have tests of their own.
@@ -173,6 +180,13 @@ def test_a_run_shows_its_configuration_start_curves_and_replies(browser):
         "s.value = 'right'; s.dispatchEvent(new Event('change'))"
     )
     assert browser.run("return document.querySelectorAll('.reply:not([hidden])').length") == 1
+
+
+def test_a_start_says_what_was_decomposed(browser):
+    text = open_run(browser, "arithmetic-lora_one-s1")
+    assert "Singular values of the one-step gradient, per layer" in text
+    text = open_run(browser, "arithmetic-failed")
+    assert "Singular values of the centred inputs, per layer" in text
 
 
 def test_a_failed_and_a_torn_run_say_why(browser):

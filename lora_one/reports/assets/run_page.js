@@ -1,5 +1,13 @@
 // One run: facts, curves, the start, the configuration, sample predictions.
 
+// What a start's singular values are those of; where it says nothing else, the weight.
+const DECOMPOSED = {
+  lora_ga: "one-step gradient",
+  lora_one: "one-step gradient",
+  eva: "centred inputs",
+  corda: "weight times the inputs' second moment",
+};
+
 async function unpack(index) {
   const packed = document.getElementById(`run-${index}`).textContent;
   const bytes = Uint8Array.from(atob(packed), (letter) => letter.charCodeAt(0));
@@ -102,7 +110,7 @@ class RunPage {
       "loss_after", "seconds", "cached"].filter((key) => init[key] !== null && init[key] !== undefined);
     const short = commonStart(layers.map((layer) => layer.name));
     const spectra = layers.filter((layer) => layer.singular_values.length);
-    const decomposed = ["lora_ga", "lora_one"].includes(init.method) ? "one-step gradient" : "weight";
+    const decomposed = DECOMPOSED[init.method] || "weight";
     return el("section", { "aria-labelledby": "start" },
       el("h3", { id: "start" }, "Start"),
       init.summary ? el("p", {}, init.summary) : null,
