@@ -12,8 +12,8 @@ class LayerReport:
         name: of the layer in the base model.
         shape: of W, (out, in).
         rank: of the adapter.
-        singular_values: of the decomposed matrix (G or W), those the factors use; empty for
-            methods that decompose nothing.
+        singular_values: of what the method decomposes (G, W, its inputs X or W C), those the
+            factors use; empty for methods that decompose nothing.
         next_singular_value: the largest one left out.
         svd_error: estimated sine of the angle to the exact singular subspaces, root mean square
             over the triplets; 0 where LAPACK's full decomposition was used.

@@ -115,11 +115,14 @@ def test_the_base_model_has_a_row_of_its_own_and_needs_test_rows_only(
     assert (row["optimiser"], row["lr"], row["validation loss"]) == ("none", "-", "-")
 
 
-def test_a_gradient_without_training_rows_is_refused(small, run, copy_of, rows_folder):
+@pytest.mark.parametrize("start", ["LoRA-One", "EVA"])
+def test_a_start_from_rows_without_training_rows_is_refused(
+    start, small, run, copy_of, rows_folder
+):
     rows = copy_of(rows_folder)
     (rows / "train.jsonl").unlink()
-    config = small("train=none", f"dataset.path={rows}")
-    with pytest.raises(InputError, match="LoRA-One takes a gradient of training rows, also with"):
+    config = small("train=none", f"init.direction={start}", f"dataset.path={rows}")
+    with pytest.raises(InputError, match=f"{start} starts from training rows, also with"):
         run(config)
     assert not Path(config.output_dir).exists()
 

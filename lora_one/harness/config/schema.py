@@ -262,8 +262,8 @@ class DiagnosticsConfig(Section):
         description="leading directions that are compared; null: the adapter's rank"
     )
     rows: Count | None = Field(
-        description="training rows of the gradient; null: those of the start's gradient, or the "
-        "first eight"
+        description="training rows of the gradient; null: those that the start looks at, or "
+        "the first eight"
     )
 
 

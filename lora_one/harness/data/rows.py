@@ -61,7 +61,7 @@ def make_task(dataset: DatasetConfig) -> Task:
 def load_data(config: Config, tokenizer: PreTrainedTokenizerBase, base: Base) -> Data:
     """Load the splits that the run needs, encoded where they carry loss.
 
-    Without training, and without a start that takes a gradient, only the test rows are read. What
+    Without training, and without a start that looks at rows, only the test rows are read. What
     an earlier run has encoded is taken from the cache; nothing is written.
 
     Raises:
@@ -109,7 +109,7 @@ def _load_train(config: Config, source: Splits) -> TokenisedSplit:
         if config.trains:
             raise
         raise type(error)(
-            f"init.direction={config.init.direction} takes a gradient of training rows, also "
+            f"init.direction={config.init.direction} starts from training rows, also "
             f"with train=none: {error}"
         ) from error
 
