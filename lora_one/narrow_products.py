@@ -129,17 +129,17 @@ def _compiled(rank: int) -> "Future[NarrowProducts | None]":
 
 
 def _compile(rank: int) -> NarrowProducts | None:
-    compiler = shlex.split(os.environ.get("CC") or "cc")
     # For this very processor, and so in no cache that nodes of a cluster might share. No option
     # that lets the compiler assume finite numbers: a NaN stays one.
     options = ["-O3", "-march=native", "-shared", "-fPIC", f"-DRANK={rank}"]
     try:
+        compiler = shlex.split(os.environ.get("CC") or "cc")
         with tempfile.TemporaryDirectory(prefix="lora-one-") as folder:
             target = str(Path(folder) / f"narrow_products_{rank}.so")
             command = [*compiler, *options, str(SOURCE), "-o", target]
             subprocess.run(command, check=True, capture_output=True, text=True, timeout=SECONDS)
             return NarrowProducts(ctypes.CDLL(target), rank)
-    except (OSError, subprocess.SubprocessError) as error:
+    except (OSError, ValueError, subprocess.SubprocessError) as error:
         said = getattr(error, "stderr", None) or error
         log.info("LoRA gradients are multiplied by PyTorch; nothing compiled for a CPU: %s", said)
         return None

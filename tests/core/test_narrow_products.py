@@ -164,6 +164,7 @@ def test_without_a_compiler_pytorch_multiplies_and_the_reason_is_logged(
     broken.write_text("not C")
     for compiler, source, reason in [
         (str(tmp_path / "no-such-cc"), SOURCE, "no-such-cc"),
+        ("cc -DX='", SOURCE, "No closing quotation"),
         ("cc", broken, "broken.c" if shutil.which("cc") else "cc"),
     ]:
         narrow_products._compiled.cache_clear()
