@@ -225,7 +225,7 @@ def starts_of(
     Args:
         problem: one problem.
         method: ``gaussian`` (LoRA-init of size alpha), ``lora_one`` (Spectral-init with γ = 1),
-            ``lora_ga`` or another key of the library's ``METHODS``.
+            ``lora_ga`` or another key of the library's ``METHODS`` that needs no inputs.
         rank: r.
         alpha: for ``gaussian``.
         seed: of random factors.

@@ -41,7 +41,7 @@ def library_start(
 
     Args:
         problem: one problem, not a batch.
-        method: a key of ``METHODS``.
+        method: a key of ``METHODS`` that needs no inputs.
         rank: r.
         gamma: the library's ``stable_gamma``.
         seed: of random factors.
