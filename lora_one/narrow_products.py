@@ -128,13 +128,18 @@ def _compiled(rank: int) -> "Future[NarrowProducts | None]":
     return library
 
 
+# A process that is forked meanwhile has not the thread that compiles.
+os.register_at_fork(after_in_child=_compiled.cache_clear)
+
+
 def _compile(rank: int) -> NarrowProducts | None:
     # For this very processor, and so in no cache that nodes of a cluster might share. No option
     # that lets the compiler assume finite numbers: a NaN stays one.
     options = ["-O3", "-march=native", "-shared", "-fPIC", f"-DRANK={rank}"]
     try:
         compiler = shlex.split(os.environ.get("CC") or "cc")
-        with tempfile.TemporaryDirectory(prefix="lora-one-") as folder:
+        # On NFS a library that is loaded cannot be deleted.
+        with tempfile.TemporaryDirectory(prefix="lora-one-", ignore_cleanup_errors=True) as folder:
             target = str(Path(folder) / f"narrow_products_{rank}.so")
             command = [*compiler, *options, str(SOURCE), "-o", target]
             subprocess.run(command, check=True, capture_output=True, text=True, timeout=SECONDS)

@@ -1,7 +1,9 @@
 """What a C compiler makes of the preconditioner's products on a CPU is what PyTorch computes."""
 
 import logging
+import os
 import shutil
+import signal
 
 import pytest
 import torch
@@ -151,6 +153,24 @@ def test_other_ranks_shapes_dtypes_and_layouts_are_left_to_pytorch(compiled):
     assert not any(fit(*pair) for pair in others)
     precondition_pairs(others, DAMPING)
     assert compiled == []
+
+
+@needs_a_compiler
+def test_a_process_forked_while_compiling_compiles_for_itself(compiled, monkeypatch, tmp_path):
+    slow = tmp_path / "slow-cc"
+    slow.write_text('#!/bin/sh\nsleep 0.5\nexec cc "$@"\n')
+    slow.chmod(0o755)
+    monkeypatch.setenv("CC", str(slow))
+    narrow_products._compiled.cache_clear()
+    pairs = pairs_of(8)
+    narrow_products.start_compiling(pairs)
+    child = os.fork()
+    if not child:
+        signal.alarm(30)
+        os._exit(0 if narrow_products.narrow_products(pairs) else 1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    assert narrow_products.narrow_products(pairs)
+    narrow_products._compiled.cache_clear()
 
 
 def test_without_a_compiler_pytorch_multiplies_and_the_reason_is_logged(
