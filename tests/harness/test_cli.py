@@ -54,7 +54,7 @@ def test_quick_answers_do_not_import_torch(arguments):
 def test_help_lists_every_choice():
     answer = call("--help", "-m", "seed=0,1", "init=lora_two")
     assert answer.returncode == 0
-    assert "init: default, gaussian, gradient, kaiming, lora, lora_ga, lora_one" in answer.stdout
+    assert "init: corda, default, eva, gaussian, gradient, kaiming, lora, lora_ga" in answer.stdout
 
 
 def test_cfg_job_shows_the_method_that_would_run():
