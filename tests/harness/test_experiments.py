@@ -470,7 +470,7 @@ def test_the_two_published_pairs_are_two_runs(compose):
         ("experiment=lora_one/tabel3", "Did you mean 'lora_one/table3'? Valid: fair/arithmetic, "),
         ("experiment=lora_one", "experiment=lora_one: no such choice."),
         ("smoke=true", "smoke=true: no such choice. Valid: embedded."),
-        ("init=True", "init=True: no such choice. Valid: default, gaussian, "),
+        ("init=True", "init=True: no such choice. Valid: corda, default, eva, "),
     ],
 )
 def test_a_wrong_choice_is_named_with_the_valid_ones(compose, override, message):
