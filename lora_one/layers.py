@@ -3,6 +3,7 @@
 import re
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
+from itertools import chain
 
 import torch
 from peft import PeftModel
@@ -319,6 +320,6 @@ def model_device(model: nn.Module) -> torch.device:
 
 def computing_device(module: nn.Module) -> torch.device:
     """Return the device of a module's weights, or to which accelerate brings offloaded ones."""
-    weight = next(module.parameters())
+    weight = next(chain(module.parameters(), module.buffers()))  # GPTQ and AWQ have buffers alone
     brought = getattr(getattr(module, "_hf_hook", None), "execution_device", None)
     return torch.device(brought) if weight.is_meta and brought is not None else weight.device

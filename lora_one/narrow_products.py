@@ -121,7 +121,7 @@ def start_compiling(pairs: Sequence[Pair]) -> None:
 
 
 @functools.cache
-def _compiled(rank: int) -> "Future[NarrowProducts | None]":
+def _compiled(rank: int) -> Future[NarrowProducts | None]:
     pool = ThreadPoolExecutor(1)
     library = pool.submit(_compile, rank)
     pool.shutdown(wait=False)

@@ -14,7 +14,6 @@ counts, as one row. Layers are taken in groups whose sums fit a budget, one pass
 
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
-from itertools import chain
 from typing import Any
 
 import torch
@@ -26,7 +25,7 @@ from lora_one.gradients.plan import BUDGET, in_groups
 from lora_one.gradients.restore import left_as_found
 from lora_one.gradients.stream import Ranks, agreed_batches, smallest_over_ranks, together
 from lora_one.gradients.tokens import IGNORED, Batch, to_device
-from lora_one.layers import TargetLayer, model_device
+from lora_one.layers import TargetLayer, computing_device, model_device
 from lora_one.numerics.precision import full_precision
 
 
@@ -40,14 +39,14 @@ class Statistic:
     """
 
     def __init__(self, layer: TargetLayer, *, centred: bool) -> None:
-        # Some quantised layers have no parameter.
-        weight = next(chain(layer.module.parameters(), layer.module.buffers()))
-        n = layer.shape[1]
-        dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
+        n, device = layer.shape[1], computing_device(layer.module)
+        weight = getattr(layer.module, "weight", None)  # some quantised layers have none
+        wide = weight is not None and weight.dtype == torch.float64
+        dtype = torch.float64 if wide else torch.float32
         self.centred = centred
         self.count = 0.0
-        self.mean = torch.zeros(n, dtype=dtype, device=weight.device)
-        self.scatter = torch.zeros(n, n, dtype=dtype, device=weight.device)
+        self.mean = torch.zeros(n, dtype=dtype, device=device)
+        self.scatter = torch.zeros(n, n, dtype=dtype, device=device)
 
     def add(self, X: Tensor) -> None:
         """Add the inputs X (tokens, n) of one row, or of any number of tokens if centred."""
