@@ -22,12 +22,19 @@ from lora_one.adapters.checks import check_readable
 from lora_one.adapters.stored import pattern_key
 from lora_one.adapters.write import Options
 from lora_one.errors import InputError
-from lora_one.gradients.estimate import finite_norm
+from lora_one.gradients.estimate import finite_norm, not_finite
 from lora_one.gradients.stream import stream_gradients, together
 from lora_one.gradients.tokens import Batch
-from lora_one.layers import TargetLayer, base_weight, model_device, plain_layers
+from lora_one.layers import (
+    TargetLayer,
+    base_weight,
+    computing_device,
+    model_device,
+    plain_layers,
+)
 from lora_one.numerics.allocation import captured, share_budget
-from lora_one.numerics.svd import Summands, private_generator, truncated_svd
+from lora_one.numerics.outer_products import OuterProducts
+from lora_one.numerics.svd import cheaper_unformed, private_generator, truncated_svd
 
 LARGEST = 4
 """A layer gets at most so many times the uniform rank: what is looked at, and held, is bounded."""
@@ -134,14 +141,21 @@ def allocate_ranks(
     squares: dict[str, list[float]] = {}
     totals: dict[str, float] = {}
 
-    def measure(name: str, matrix: Tensor, norm: float, summands: Summands | None = None) -> None:
-        if norm == 0:
-            squares[name], totals[name] = [0.0] * counts[name], 0.0
-            return
+    ranks = together()
+
+    def measure(name: str, matrix: Tensor | OuterProducts, norm: float | None = None) -> None:
         generator = private_generator(seed, f"{name}/svd")
+        summands = None if norm is not None else ranks
         svd = truncated_svd(matrix, counts[name], generator=generator, summands=summands)
         squares[name] = svd.S.double().square().tolist()
-        totals[name] = (norm if svd.norm is None else svd.norm) ** 2
+        totals[name] = (svd.norm if norm is None else norm) ** 2
+
+    def measure_gradient(name: str, G: Tensor | OuterProducts) -> None:
+        whole = ranks is None and isinstance(G, Tensor)
+        try:
+            measure(name, G, finite_norm(name, G) if whole else None)
+        except FloatingPointError:
+            raise not_finite(name) from None
 
     if spec.needs == "weight":
         for layer in layers:
@@ -151,17 +165,18 @@ def allocate_ranks(
     elif batches is None:
         raise InputError(f"the ranks of {method} follow the gradient: pass the init batches.")
     else:
-        ranks = together()
+        on_cpu = [x for x in layers if computing_device(x.module).type == "cpu"]
         stream_gradients(
             model,
             batches,
             layers,
-            lambda name, G: measure(name, G, finite_norm(name, G, ranks), ranks),
+            measure_gradient,
             train=train,
             seed=seed,
             strategy=strategy,
             memory_budget=memory_budget,
             add_up=False,
+            unformed={x.name for x in on_cpu if cheaper_unformed(*x.shape, counts[x.name])},
         )
     squares = _agreed(squares, model)
     gains = [_per_rank(squares[layer.name], q) for layer in layers]

@@ -33,7 +33,7 @@ from lora_one.adapters.write import (
     start_adapter,
 )
 from lora_one.errors import InputError, nearest
-from lora_one.gradients.estimate import finite_norm
+from lora_one.gradients.estimate import finite_norm, not_finite
 from lora_one.gradients.inputs import Statistic, stream_inputs
 from lora_one.gradients.stream import (
     Ranks,
@@ -43,9 +43,16 @@ from lora_one.gradients.stream import (
     together,
 )
 from lora_one.gradients.tokens import Batch
-from lora_one.layers import AdaptedLayer, adapted_layers, check_adapter, other_adapted
+from lora_one.layers import (
+    AdaptedLayer,
+    adapted_layers,
+    check_adapter,
+    computing_device,
+    other_adapted,
+)
 from lora_one.numerics.factors import Factors
-from lora_one.numerics.svd import expected_columns
+from lora_one.numerics.outer_products import OuterProducts
+from lora_one.numerics.svd import cheaper_unformed, expected_columns
 
 
 def initialize(
@@ -136,7 +143,9 @@ def initialize(
     ranks = together()
 
     def decompose(
-        name: str, gradient: Tensor | None = None, inputs: Statistic | None = None
+        name: str,
+        gradient: Tensor | OuterProducts | None = None,
+        inputs: Statistic | None = None,
     ) -> None:
         start = _start(by_name[name], options, gradient, report, ranks, inputs)
         if start is not None:
@@ -153,6 +162,7 @@ def initialize(
             strategy=strategy,
             memory_budget=memory_budget,
             add_up=False,
+            unformed={layer.name for layer in layers if _stays_unformed(layer, options, ranks)},
         )
         report.loss_before, report.tokens = sweep.loss, sweep.tokens
         report.strategy = sweep.strategy
@@ -356,7 +366,7 @@ def _agreed(starts: dict[str, Factors]) -> dict[str, Factors]:
 def _start(
     layer: AdaptedLayer,
     options: Options,
-    gradient: Tensor | None,
+    gradient: Tensor | OuterProducts | None,
     report: InitReport,
     ranks: Ranks | None = None,
     inputs: Statistic | None = None,
@@ -382,16 +392,20 @@ def _start(
     if gradient is not None:
         if ranks is not None and not _adds_up_products(layer, options):
             gradient, ranks = ranks.add_up(gradient), None
-        norm = finite_norm(layer.name, gradient, ranks)
-        if norm == 0:
-            report.left_to_peft.append(layer.name)
-            report.warnings.append(
-                f"the gradient of '{layer.name}' is zero; the layer keeps PEFT's own start."
-            )
-            return None
-    factors = compute_factors(layer, options, gradient, ranks, C)
-    if factors.svd is not None and factors.svd.norm is not None:
+        if ranks is None and isinstance(gradient, Tensor):
+            norm = finite_norm(layer.name, gradient)
+    try:
+        factors = None if norm == 0 else compute_factors(layer, options, gradient, ranks, C)
+    except FloatingPointError:
+        raise not_finite(layer.name) from None
+    if factors is not None and factors.svd is not None and factors.svd.norm is not None:
         norm = factors.svd.norm
+    if norm == 0:
+        report.left_to_peft.append(layer.name)
+        report.warnings.append(
+            f"the gradient of '{layer.name}' is zero; the layer keeps PEFT's own start."
+        )
+        return None
     # The decomposition is as large as the factors, or larger, and all layers wait for the last.
     return factors._replace(svd=None), layer_report(layer, factors, norm)
 
@@ -406,6 +420,19 @@ def _adds_up_products(layer: AdaptedLayer, options: Options) -> bool:
     m, n = layer.shape
     columns = expected_columns(options.spec.rank_multiple * layer.r)
     return options.spec.triplets_only and m * n >= 4.5 * columns * (m + n)
+
+
+def _stays_unformed(layer: AdaptedLayer, options: Options, ranks: Ranks | None) -> bool:
+    """Tell whether to multiply with the tokens' vectors rather than with G formed from them.
+
+    On GPUs tensor cores form G for less.
+    """
+    return (
+        options.spec.triplets_only
+        and cheaper_unformed(*layer.shape, options.spec.rank_multiple * layer.r)
+        and (ranks is None or _adds_up_products(layer, options))
+        and computing_device(layer.module).type == "cpu"
+    )
 
 
 def _finish(

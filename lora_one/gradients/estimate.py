@@ -8,7 +8,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from lora_one.errors import NonFiniteError
-from lora_one.gradients.stream import Ranks, stream_gradients
+from lora_one.gradients.stream import stream_gradients
 from lora_one.gradients.tokens import Batch
 from lora_one.layers import TargetLayer, adapted_layers, plain_layers
 
@@ -77,33 +77,29 @@ def estimate_gradients(
 def check_finite(name: str, gradient: Tensor) -> None:
     """Raise ``NonFiniteError`` naming the layer if its gradient has an entry that is not finite."""
     if not torch.isfinite(gradient).all():
-        raise NonFiniteError(
-            f"the gradient of layer '{name}' is not finite. Try fp32 or bf16 weights, or look at "
-            "the init rows."
-        )
+        raise not_finite(name)
 
 
-def finite_norm(name: str, gradient: Tensor, ranks: Ranks | None = None) -> float:
-    """Return the Frobenius norm; of summands the sum of theirs, which is 0 where all are.
-
-    Args:
-        name: of the layer.
-        gradient: of the layer; this rank's summand of it if ``ranks`` is given.
-        ranks: that hold the summands.
+def finite_norm(name: str, gradient: Tensor) -> float:
+    """Return the Frobenius norm of a layer's gradient.
 
     Raises:
-        NonFiniteError: for an entry that is not finite, on any rank.
+        NonFiniteError: for an entry that is not finite.
     """
     norm = float(gradient.norm())  # one pass tells zero from finite from the rest
     if not math.isfinite(norm):
         norm = float(gradient.double().norm())
-    if ranks is not None:
-        norms = torch.tensor(norm, dtype=torch.float64, device=gradient.device)
-        norm = float(ranks.add_up(norms))
     if not math.isfinite(norm):
-        check_finite(name, gradient)
-        raise NonFiniteError(f"the gradient of layer '{name}' is not finite on another rank.")
+        raise not_finite(name)
     return norm
+
+
+def not_finite(name: str) -> NonFiniteError:
+    """Return the error for a layer's gradient."""
+    return NonFiniteError(
+        f"the gradient of layer '{name}' is not finite. Try fp32 or bf16 weights, or look at "
+        "the init rows."
+    )
 
 
 def _targets(

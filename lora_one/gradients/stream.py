@@ -7,7 +7,7 @@ same order on every rank, so all ranks see the same gradients; unless the consum
 
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 
@@ -23,10 +23,12 @@ from lora_one.gradients.tap import (
     checked_outputs,
     differentiable_inputs,
     tapped,
+    unformed_gradient,
     weight_gradient,
 )
 from lora_one.gradients.tokens import Batch, checked_batches, to_device
 from lora_one.layers import TargetLayer, computing_device, model_device
+from lora_one.numerics.outer_products import OuterProducts
 from lora_one.sharding import is_sharded
 
 
@@ -43,7 +45,7 @@ def stream_gradients(
     model: nn.Module,
     batches: Iterable[Batch],
     layers: Sequence[TargetLayer],
-    consume: Callable[[str, Tensor], None],
+    consume: Callable[[str, Tensor | OuterProducts], None],
     *,
     train: bool = True,
     seed: int | None = None,
@@ -51,6 +53,7 @@ def stream_gradients(
     memory_budget: int | None = None,
     device: torch.device | str | None = None,
     add_up: bool = True,
+    unformed: Collection[str] = (),
 ) -> Sweep:
     """Hand every layer's mean gradient (out, in), fp32, to ``consume(name, gradient)``.
 
@@ -70,6 +73,9 @@ def stream_gradients(
         device: where sums are kept and handed out; ``None`` for the layer's own device.
         add_up: False hands out this rank's summand of every mean gradient instead: in the same
             order on every rank, so that ``consume`` may add up over ranks what it makes of them.
+        unformed: names of layers whose gradient may come as ``OuterProducts``, good until
+            ``consume`` returns, where nothing is added to it: one run of the layer in one
+            micro-batch. Needs ``add_up=False`` and no ``device``.
 
     Raises:
         InputError: for batches without anything to learn from (on any rank), a model that returns
@@ -98,12 +104,12 @@ def stream_gradients(
     loss = float("nan")
     ranks = together()
 
-    def deliver(name: str, gradient_sum: Tensor) -> None:
-        gradient = gradient_sum.div_(total)
+    def deliver(name: str, gradient: Tensor | OuterProducts) -> None:
+        gradient /= total
         consume(name, ranks.add_up(gradient) if add_up and ranks else gradient)
 
     for index, group in enumerate(todo.groups):
-        sums = _Sums(group, deliver, place)
+        sums = _Sums(group, deliver, place, unformed)
         with left_as_found(model, train=train, seed=seed), ExitStack() as stack:
             if todo.checkpointing:
                 stack.enter_context(checkpointed(model))
@@ -173,12 +179,13 @@ class _Sums:
     def __init__(
         self,
         layers: Sequence[TargetLayer],
-        deliver: Callable[[str, Tensor], None],
+        deliver: Callable[[str, Tensor | OuterProducts], None],
         device: torch.device | None,
+        unformed: Collection[str],
     ) -> None:
         self.missing = {layer.name: layer for layer in layers}
-        self.deliver, self.device = deliver, device
-        self.sums: dict[str, Tensor] = {}
+        self.deliver, self.device, self.unformed = deliver, device, unformed
+        self.sums: dict[str, Tensor | OuterProducts] = {}
         self.pending: Counter[str] = Counter()
         self.in_backward = self.at_once = False
 
@@ -188,15 +195,19 @@ class _Sums:
 
     @torch.no_grad()
     def add(self, name: str, x: Tensor, grad_output: Tensor) -> None:
-        gradient = weight_gradient(x, grad_output)
-        if self.device is not None:
-            gradient = gradient.to(self.device)
-        if name in self.sums:
-            self.sums[name] += gradient
-        else:
-            self.sums[name] = gradient
         self.pending[name] -= 1
-        if self.at_once and not self.pending[name]:
+        complete = self.at_once and not self.pending[name]
+        if complete and name in self.unformed and name not in self.sums:
+            self.sums[name] = unformed_gradient(x, grad_output)
+        else:
+            gradient = weight_gradient(x, grad_output)
+            if self.device is not None:
+                gradient = gradient.to(self.device)
+            if name in self.sums:
+                self.sums[name] += gradient
+            else:
+                self.sums[name] = gradient
+        if complete:
             self._hand_out(name)
 
     def hand_out_the_rest(self) -> None:
@@ -206,12 +217,12 @@ class _Sums:
 
     def _hand_out(self, name: str) -> None:
         layer = self.missing.pop(name)
-        gradient_sum = self.sums.pop(name, None)
-        if gradient_sum is None:
+        gradient = self.sums.pop(name, None)
+        if gradient is None:
             place = self.device or computing_device(layer.module)
-            gradient_sum = torch.zeros(layer.shape, device=place)
-        with torch.autocast(gradient_sum.device.type, enabled=False):
-            self.deliver(name, gradient_sum)
+            gradient = torch.zeros(layer.shape, device=place)
+        with torch.autocast(gradient.device.type, enabled=False):
+            self.deliver(name, gradient)
 
 
 def _sweep(

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from lora_one.errors import InputError
 from lora_one.layers import TargetLayer, base_name, is_linear
+from lora_one.numerics.outer_products import OuterProducts
 from lora_one.numerics.precision import computing_dtype
 
 Consumer = Callable[[str, Tensor, Tensor], None]
@@ -143,6 +144,13 @@ def weight_gradient(x: Tensor, grad_output: Tensor) -> Tensor:
     dtype = computing_dtype(g, x)
     with torch.autocast(g.device.type, enabled=False):
         return g.T.to(dtype) @ x.to(dtype)
+
+
+def unformed_gradient(x: Tensor, grad_output: Tensor) -> OuterProducts:
+    """Return the same sum as the vectors that it consists of, in at least fp32."""
+    g, x = grad_output.flatten(0, -2), x.flatten(0, -2)
+    dtype = computing_dtype(g, x)
+    return OuterProducts(g.to(dtype), x.to(dtype))
 
 
 def _make_hook(

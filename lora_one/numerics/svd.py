@@ -1,7 +1,8 @@
 """Truncated singular value decompositions: exact where that is cheap, block Lanczos elsewhere.
 
 The matrix may be the sum of what several processes hold. Then only its products with a block of
-vectors are added up, and no process ever has the whole matrix.
+vectors are added up, and no process ever has the whole matrix. It may also be known as a sum of
+outer products, which need not be formed.
 """
 
 import math
@@ -12,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lora_one.numerics.outer_products import OuterProducts
 from lora_one.numerics.precision import full_precision
 
 EXACT_SIDE = 128
@@ -29,6 +31,9 @@ NEW_DIRECTION = 1e-3
 """Below this, relative to about σ_0², what a product adds to the basis is partly rounding."""
 OUTSIDE = 0.1
 """Where less of a unit vector than this is outside the basis, a random one goes in its place."""
+CONVERGED = 0.03
+"""Residual relative to σ² up to which a Ritz vector is taken not to depend on the start."""
+NOT_FINITE = "the matrix has entries that are not finite."
 
 
 class Summands(Protocol):
@@ -62,7 +67,7 @@ class TruncatedSVD(NamedTuple):
         error: estimated sine of the angle to the exact singular subspaces, root mean square over
             the triplets; it bounds the relative error of ``U diag(S) Vh`` in the Frobenius norm,
             if the gap after it is at least ``SMALLEST_GAP``. 0 for LAPACK's decomposition.
-        norm: Frobenius norm of the matrix, where it is a sum that nobody holds; else None.
+        norm: Frobenius norm of the matrix, where it is a sum that nobody holds or forms; else None.
     """
 
     U: Tensor
@@ -84,7 +89,7 @@ def private_generator(seed: int, name: str = "") -> torch.Generator:
 
 
 def truncated_svd(
-    matrix: Tensor,
+    matrix: Tensor | OuterProducts,
     rank: int,
     *,
     tolerance: float = 5e-4,
@@ -104,43 +109,62 @@ def truncated_svd(
     ``tolerance``, or when fp32's rounding is reached.
 
     Args:
-        matrix: (m, n), any floating dtype; computed in fp32 (fp64 for fp64).
+        matrix: (m, n), any floating dtype; computed in fp32 (fp64 for fp64). ``OuterProducts`` are
+            formed where LAPACK decomposes them, or once their products have cost more than that.
         rank: number of triplets, at most ``min(m, n)``.
         tolerance: for ``TruncatedSVD.error``.
         generator: source of the Gaussian start; ``None`` means seed 0. Always on the CPU, so that
             every device starts from the same numbers.
         summands: if given, ``matrix`` is this process's summand, of any size compared with the sum.
             Blocks of products are added up over the processes, a matrix that LAPACK decomposes is
-            added up itself; results agree up to rounding. The norm is then known from the part
-            that was found and a Gaussian sketch of the rest, to a few percent of the rest
-            (Hutch++, Meyer et al. 2021).
+            added up itself; results agree up to rounding.
+
+    A matrix that nobody holds, a sum over processes or of outer products, has its norm from the
+    triplets that were found and the first block's products, to a percent or so, see ``_norm``.
 
     Raises:
         ValueError: if ``rank`` is not between 1 and ``min(m, n)``.
+        FloatingPointError: if an entry is not finite.
     """
     m, n = matrix.shape
     side = min(m, n)
     if not 1 <= rank <= side:
         raise ValueError(f"rank must be between 1 and {side} for shape ({m}, {n}), got {rank}.")
-    M = matrix.to(torch.promote_types(matrix.dtype, torch.float32))
+    held = summands is None and isinstance(matrix, Tensor)
+    M = matrix
+    if isinstance(matrix, Tensor):
+        M = matrix.to(torch.promote_types(matrix.dtype, torch.float32))
     if side <= max(EXACT_SIDE, 6 * rank):
+        M = M.form() if isinstance(M, OuterProducts) else M
         M = M if summands is None else summands.add_up(M.clone())
+        if not torch.isfinite(M).all():
+            raise FloatingPointError(NOT_FINITE)
         U, S, Vh = torch.linalg.svd(M, full_matrices=False)
         following = float(S[rank]) if rank < side else 0.0
-        norm = None if summands is None else float(S.norm())
+        norm = None if held else float(S.norm())
         svd = TruncatedSVD(U[:, :rank], S[:rank], Vh[:rank], following, 0.0, norm)
         return _with_signs(svd)
     generator = private_generator(0) if generator is None else generator
     with full_precision(M.device):
         if m > n:  # the basis lives on the shorter side
-            V, S, Uh, *rest = _krylov(M.mT, rank, tolerance, generator, summands)
+            V, S, Uh, *rest = _krylov(M.mT, rank, tolerance, generator, summands, held)
             return _with_signs(TruncatedSVD(Uh.mT, S, V.mT, *rest))
-        return _with_signs(_krylov(M, rank, tolerance, generator, summands))
+        return _with_signs(_krylov(M, rank, tolerance, generator, summands, held))
 
 
 def expected_columns(rank: int) -> int:
     """Return how large the basis grows, about, on gradients of language models."""
     return 2 * rank + 3 * WIDTH
+
+
+def cheaper_unformed(m: int, n: int, rank: int) -> bool:
+    """Tell whether to decompose ``OuterProducts`` (m, n) is less work than to form them first.
+
+    Each column of the basis is multiplied from both sides, the random start from one. An operation
+    with 16 columns takes BLAS a fifth longer than one of a square product.
+    """
+    vectors = 2 * expected_columns(rank) + WIDTH
+    return m * n >= 1.2 * vectors * (m + n)
 
 
 def subspace_error(S: np.ndarray, residuals: np.ndarray, rank: int) -> float:
@@ -190,33 +214,40 @@ def _with_signs(svd: TruncatedSVD) -> TruncatedSVD:
 
 
 def _krylov(
-    M: Tensor,
+    M: Tensor | OuterProducts,
     rank: int,
     tolerance: float,
     generator: torch.Generator,
     summands: Summands | None,
+    held: bool,
 ) -> TruncatedSVD:
     processes = _Alone() if summands is None else summands
     whole = processes.add_up
     m, n = M.shape
-    eps = torch.finfo(M.dtype).eps
     columns = min(3 * rank + MAX_COLUMNS, m) // WIDTH * WIDTH
     Q = torch.empty(columns, m, dtype=M.dtype, device=M.device).mT  # basis; a block is contiguous
-    P = torch.empty(columns, n, dtype=M.dtype, device=M.device)  # Qᵀ M
+    # In fp64, because P Pᵀ holds squares: fp32 would blur σ below 1e-3 σ_0.
+    P = torch.empty(columns, n, dtype=torch.float64, device=M.device)  # Qᵀ M
+    gram = P.new_empty(columns, columns)  # P Pᵀ, the lower triangle
     Omega = torch.randn(n, WIDTH, generator=generator, dtype=M.dtype).to(M.device)
     first = whole(_product(M, Omega))
-    exponent = math.frexp(float(first.abs().max()))[1]
+    largest = float(first.abs().max())
+    if not math.isfinite(largest):
+        raise FloatingPointError(NOT_FINITE)
+    exponent = math.frexp(largest)[1]
     if abs(exponent) > LARGEST_EXPONENT:
         size = 2.0**exponent
-        svd = _krylov(M / size, rank, tolerance, generator, summands)
+        svd = _krylov(M / size, rank, tolerance, generator, summands, held)
         norm = None if svd.norm is None else size * svd.norm
         return svd._replace(S=size * svd.S, next_value=size * svd.next_value, norm=norm)
-    block = processes.agree(torch.linalg.qr(first).Q)
+    block = torch.linalg.qr(first).Q
     look = 2 * rank + 2 * WIDTH  # with fewer columns it is rarely enough
     for end in range(WIDTH, columns + 1, WIDTH):
+        block = processes.agree(block)
         Q[:, end - WIDTH : end] = block
         basis, row = Q[:, :end], whole(_product(M.mT, block))
         P[end - WIDTH : end] = row.mT
+        gram[end - WIDTH : end, :end] = P[end - WIDTH : end] @ P[:end].mT
         if end == WIDTH:
             scale = float(row.square().sum(0).max())
         remainder = whole(_product(M, row))
@@ -224,40 +255,85 @@ def _krylov(
             remainder = remainder.addmm(basis, basis.mT @ remainder, alpha=-1)
         block, R = torch.linalg.qr(remainder)
         R = R.cpu().double().numpy()
+        if end >= min(look, columns):  # a look costs O(end³), a block without one little
+            ritz = _ritz_vectors(gram[:end, :end].cpu(), R)
+            error, enough = _converged(ritz, rank, tolerance, torch.finfo(M.dtype).eps)
+            # A block makes the error smaller by about 10. Processes look in step.
+            more = 0 if enough else max(1, round(math.log10(error / tolerance)))
+            more = int(processes.agree(Q.new_tensor([float(more)])))
+            if more == 0:
+                break
+            look = end + WIDTH * more
+            if isinstance(M, OuterProducts) and 2 * end * (m + n) > m * n:
+                M = M.form()  # products have cost as much already, and one with M costs less
         if abs(R.diagonal()).min() <= NEW_DIRECTION * scale:
             block = _outside(basis, block)
-        block = processes.agree(block)
-        if end < min(look, columns):  # a look costs O(end³), a block without one little
-            continue
-        # In fp64, because P Pᵀ holds squares: fp32 would blur σ below 1e-3 σ_0. Small from here on:
-        # on the CPU, and in NumPy, whose calls cost less than PyTorch's.
-        wide = P[:end].double()
-        squares, vectors = torch.linalg.eigh((wide @ wide.mT).cpu())
-        S = np.sqrt(np.maximum(squares.numpy()[::-1], 0.0))
-        W = np.ascontiguousarray(vectors.numpy()[:, ::-1])
-        residuals = R @ W[-WIDTH:]
-        error = min(subspace_error(S, residuals, rank), 1.0)
-        floor = max(S[0], np.finfo(S.dtype).tiny) * eps
-        relative = residuals[:, :rank] / np.maximum(S[:rank], floor)
-        enough = error <= tolerance or np.linalg.norm(relative) <= 8 * floor
-        # A block of vectors makes the error smaller by about 10. Processes look in step.
-        more = 0 if enough else max(1, round(math.log10(error / tolerance)))
-        more = int(processes.agree(M.new_tensor([float(more)])))
-        if more == 0:
-            break
-        look = end + WIDTH * more
-    W_r = torch.from_numpy(W[:, :rank]).to(wide)
+    W_r = torch.from_numpy(ritz.W[:, :rank]).to(P)
     # P Wᵀ = S Vᵀ with orthogonal rows; QR normalises them, and completes them where S = 0.
-    V, R = torch.linalg.qr((wide.mT @ W_r).to(M))
+    V, R = torch.linalg.qr((P[:end].mT @ W_r).to(Q))
     V *= torch.where(R.diagonal() < 0, -1.0, 1.0)
-    norm = None
-    if summands is not None:
-        Omega = torch.randn(n, WIDTH, generator=generator, dtype=M.dtype).to(M.device)
-        sketch = whole(_product(M, Omega))
-        sketch -= basis @ (basis.mT @ sketch)
-        norm = math.sqrt(np.vdot(S, S) + float(sketch.double().square().sum()) / WIDTH)
-    S_r = torch.from_numpy(S[:rank]).to(M)
-    return TruncatedSVD(basis @ W_r.to(M), S_r, V.mT, float(S[rank]), error, norm)
+    S_r = torch.from_numpy(ritz.S[:rank]).to(Q)
+    norm = None if held else _norm(ritz, basis, first)
+    return TruncatedSVD(basis @ W_r.to(Q), S_r, V.mT, float(ritz.S[rank]), error, norm)
+
+
+class _Ritz(NamedTuple):
+    """What a basis of k vectors knows of M.
+
+    Attributes:
+        S: (k,), Ritz values σ, descending.
+        W: (k, k), Ritz vectors in the basis.
+        residuals: (b, k), see ``subspace_error``.
+    """
+
+    S: np.ndarray
+    W: np.ndarray
+    residuals: np.ndarray
+
+
+def _ritz_vectors(gram: Tensor, R: np.ndarray) -> _Ritz:
+    """Return the Ritz vectors of ``M Mᵀ``, given ``Qᵀ M Mᵀ Q`` (lower triangle) and the next R.
+
+    Small matrices: on the CPU, and in NumPy, whose calls cost less than PyTorch's.
+    """
+    squares, vectors = torch.linalg.eigh(gram)
+    S = np.sqrt(np.maximum(squares.numpy()[::-1], 0.0))
+    W = np.ascontiguousarray(vectors.numpy()[:, ::-1])
+    return _Ritz(S, W, R @ W[-WIDTH:])
+
+
+def _converged(ritz: _Ritz, rank: int, tolerance: float, eps: float) -> tuple[float, bool]:
+    """Return the error estimate, and whether it is below the tolerance, or all but rounding."""
+    S, _, residuals = ritz
+    error = min(subspace_error(S, residuals, rank), 1.0)
+    floor = max(S[0], np.finfo(S.dtype).tiny) * eps
+    relative = residuals[:, :rank] / np.maximum(S[:rank], floor)
+    return error, error <= tolerance or np.linalg.norm(relative) <= 8 * floor
+
+
+def _norm(ritz: _Ritz, basis: Tensor, first: Tensor) -> float:
+    """Estimate the Frobenius norm of M from what the iteration knows of it.
+
+    For singular vectors U_k and a Gaussian Ω (n, b),
+
+        ``||M||² = Σ_{i<k} σ_i² + E ||(I - U_k U_kᵀ) M Ω||² / b``
+
+    (Hutch++, Meyer et al. 2021). M Ω is the first block of the iteration itself. That is allowed
+    because converged Ritz vectors are M's, whatever Ω was. All of them together are not: they hold
+    M Ω, and nothing would be left.
+
+    Args:
+        ritz: of the basis.
+        basis: (m, k).
+        first: (m, b), ``M Ω``.
+    """
+    S, W, residuals = ritz
+    squares = S * S
+    relative = np.linalg.norm(residuals, axis=0) / np.maximum(squares, np.finfo(S.dtype).tiny)
+    k = len(S) if (relative <= CONVERGED).all() else int(np.argmax(relative > CONVERGED))
+    known = W[:, :k].T @ (basis.mT @ first).cpu().double().numpy()
+    rest = float(first.double().square().sum()) - np.vdot(known, known)
+    return math.sqrt(squares[:k].sum() + max(rest, 0.0) / first.shape[1])
 
 
 def _outside(basis: Tensor, block: Tensor) -> Tensor:
@@ -276,9 +352,11 @@ def _outside(basis: Tensor, block: Tensor) -> Tensor:
     return torch.linalg.qr(torch.where(squares > OUTSIDE**2, block @ vectors, fresh)).Q
 
 
-def _product(M: Tensor, X: Tensor) -> Tensor:
+def _product(M: Tensor | OuterProducts, X: Tensor) -> Tensor:
     """Return ``M X`` (m, b) for a thin X (n, b), reading M along the rows of its memory.
 
     BLAS can take five times as long for the other of the two ways.
     """
-    return M @ X if M.is_contiguous() else (X.mT @ M.mT).mT
+    if isinstance(M, OuterProducts) or M.is_contiguous():
+        return M @ X
+    return (X.mT @ M.mT).mT

@@ -69,6 +69,7 @@ def rank_results(rank):
     results["inputs"] = {method: started_from_inputs(uneven, method) for method in INPUT_METHODS}
     results["cores"] = started_with_cores(1 + rank, even)
     results["wide"] = started_wide(even)
+    results["wide, uneven"] = started_wide(uneven)
     results["summands"] = decomposed_summands(rank)
     results["refused"] = refused(batches if rank == 0 else [])
     results["trained"] = trained_with_ddp(batches[rank])
@@ -280,13 +281,15 @@ def test_a_matrix_that_no_rank_holds_is_decomposed_like_the_whole(ranks):
         assert norm == pytest.approx(float(matrix.norm()), rel=0.02)
 
 
-def test_ranks_add_up_products_of_wide_layers_and_start_like_one_process(ranks):
+@pytest.mark.parametrize(("case", "count"), [("wide", 2), ("wide, uneven", 3)])
+def test_ranks_add_up_products_of_wide_layers_and_start_like_one_process(case, count, ranks):
+    """Uneven: rank 0 adds up two micro-batches' gradients, rank 1 never forms that of its one."""
     peft_model = adapted(wide_llama())
-    batches = batches_for(rows=ROWS)[:2]
+    batches = batches_for(rows=ROWS)[:count]
     report = lora_one.initialize(peft_model, batches, method="lora_one", measure_loss=False)
     expected = factors_of(peft_model)
     for results in ranks:
-        factors, energies, sizes = results["wide"]
+        factors, energies, sizes = results[case]
         for name, (B, A) in expected.items():
             ours = factors[name][0] @ factors[name][1]
             assert float((ours - B @ A).norm() / (B @ A).norm()) < 1e-3, name
