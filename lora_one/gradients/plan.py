@@ -12,8 +12,12 @@ three ways, and ``plan`` takes the first that applies:
             padded.
 ``groups``  as many sweeps as there are groups of layers whose sums fit the budget.
 
-Products ``G X`` accumulated over passes (a randomised SVD that never forms G) were left out: they
-need a forward and backward pass per Krylov block, 4 to 6 of them, to save one layer's G.
+A gradient that is complete at once need not be formed either: it is a sum of outer products over
+tokens, and on a CPU a wide layer's decomposition multiplies with the tokens' vectors for less work
+than forming G takes (``lora_one.numerics.outer_products``).
+
+Products ``G X`` accumulated over passes (a randomised SVD without G for several micro-batches) were
+left out: they need a forward and backward pass per Krylov block, 4 to 6 of them.
 """
 
 from collections.abc import Callable, Sequence

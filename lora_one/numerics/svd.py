@@ -160,11 +160,11 @@ def expected_columns(rank: int) -> int:
 def cheaper_unformed(m: int, n: int, rank: int) -> bool:
     """Tell whether to decompose ``OuterProducts`` (m, n) is less work than to form them first.
 
-    Each column of the basis is multiplied from both sides, the random start from one. An operation
-    with 16 columns takes BLAS a fifth longer than one of a square product.
+    Each column of the basis is multiplied from both sides, the random start from one. The factor 2
+    is for memory: every such product reads all vectors again, forming the matrix reads them once.
     """
     vectors = 2 * expected_columns(rank) + WIDTH
-    return m * n >= 1.2 * vectors * (m + n)
+    return m * n >= 2 * vectors * (m + n)
 
 
 def subspace_error(S: np.ndarray, residuals: np.ndarray, rank: int) -> float:
@@ -224,6 +224,7 @@ def _krylov(
     processes = _Alone() if summands is None else summands
     whole = processes.add_up
     m, n = M.shape
+    eps = torch.finfo(M.dtype).eps
     columns = min(3 * rank + MAX_COLUMNS, m) // WIDTH * WIDTH
     Q = torch.empty(columns, m, dtype=M.dtype, device=M.device).mT  # basis; a block is contiguous
     # In fp64, because P Pᵀ holds squares: fp32 would blur σ below 1e-3 σ_0.
@@ -231,16 +232,20 @@ def _krylov(
     gram = P.new_empty(columns, columns)  # P Pᵀ, the lower triangle
     Omega = torch.randn(n, WIDTH, generator=generator, dtype=M.dtype).to(M.device)
     first = whole(_product(M, Omega))
-    largest = float(first.abs().max())
-    if not math.isfinite(largest):
+    block, R = torch.linalg.qr(first)
+    size = float(R.abs().max())
+    if not math.isfinite(size):
         raise FloatingPointError(NOT_FINITE)
-    exponent = math.frexp(largest)[1]
+    exponent = math.frexp(size)[1]
     if abs(exponent) > LARGEST_EXPONENT:
         size = 2.0**exponent
         svd = _krylov(M / size, rank, tolerance, generator, summands, held)
         norm = None if svd.norm is None else size * svd.norm
         return svd._replace(S=size * svd.S, next_value=size * svd.next_value, norm=norm)
-    block = torch.linalg.qr(first).Q
+
+    def agreed(number: int) -> int:
+        return number if summands is None else int(summands.agree(Q.new_tensor([float(number)])))
+
     look = 2 * rank + 2 * WIDTH  # with fewer columns it is rarely enough
     for end in range(WIDTH, columns + 1, WIDTH):
         block = processes.agree(block)
@@ -249,18 +254,24 @@ def _krylov(
         P[end - WIDTH : end] = row.mT
         gram[end - WIDTH : end, :end] = P[end - WIDTH : end] @ P[:end].mT
         if end == WIDTH:
-            scale = float(row.square().sum(0).max())
+            scale = float(gram.diagonal()[:WIDTH].max())
+        looking = end >= min(look, columns)  # costs O(end³), a block without a look little
+        if looking:
+            S, W, R = _ritz_vectors(gram[:end, :end].cpu())
+            residuals = R @ W[-WIDTH:]
+            error, enough = _error(S, residuals, rank, tolerance, eps)
+            if agreed(enough):
+                break
         remainder = whole(_product(M, row))
         for _ in range(2):  # again, for fp32's rounding
             remainder = remainder.addmm(basis, basis.mT @ remainder, alpha=-1)
         block, R = torch.linalg.qr(remainder)
         R = R.cpu().double().numpy()
-        if end >= min(look, columns):  # a look costs O(end³), a block without one little
-            ritz = _ritz_vectors(gram[:end, :end].cpu(), R)
-            error, enough = _converged(ritz, rank, tolerance, torch.finfo(M.dtype).eps)
+        if looking:
+            residuals = R @ W[-WIDTH:]
+            error, enough = _error(S, residuals, rank, tolerance, eps)
             # A block makes the error smaller by about 10. Processes look in step.
-            more = 0 if enough else max(1, round(math.log10(error / tolerance)))
-            more = int(processes.agree(Q.new_tensor([float(more)])))
+            more = agreed(0 if enough else max(1, round(math.log10(error / tolerance))))
             if more == 0:
                 break
             look = end + WIDTH * more
@@ -268,50 +279,48 @@ def _krylov(
                 M = M.form()  # products have cost as much already, and one with M costs less
         if abs(R.diagonal()).min() <= NEW_DIRECTION * scale:
             block = _outside(basis, block)
-    W_r = torch.from_numpy(ritz.W[:, :rank]).to(P)
+    W_r = torch.from_numpy(W[:, :rank]).to(P)
     # P Wᵀ = S Vᵀ with orthogonal rows; QR normalises them, and completes them where S = 0.
     V, R = torch.linalg.qr((P[:end].mT @ W_r).to(Q))
     V *= torch.where(R.diagonal() < 0, -1.0, 1.0)
-    S_r = torch.from_numpy(ritz.S[:rank]).to(Q)
-    norm = None if held else _norm(ritz, basis, first)
-    return TruncatedSVD(basis @ W_r.to(Q), S_r, V.mT, float(ritz.S[rank]), error, norm)
+    S_r = torch.from_numpy(S[:rank]).to(Q)
+    norm = None if held else _norm(S, W, residuals, basis, first)
+    return TruncatedSVD(basis @ W_r.to(Q), S_r, V.mT, float(S[rank]), error, norm)
 
 
-class _Ritz(NamedTuple):
-    """What a basis of k vectors knows of M.
+def _ritz_vectors(gram: Tensor) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return σ (k,) descending, Ritz vectors (k, k), and what the next block's R may be at most.
 
-    Attributes:
-        S: (k,), Ritz values σ, descending.
-        W: (k, k), Ritz vectors in the basis.
-        residuals: (b, k), see ``subspace_error``.
-    """
-
-    S: np.ndarray
-    W: np.ndarray
-    residuals: np.ndarray
-
-
-def _ritz_vectors(gram: Tensor, R: np.ndarray) -> _Ritz:
-    """Return the Ritz vectors of ``M Mᵀ``, given ``Qᵀ M Mᵀ Q`` (lower triangle) and the next R.
+    R (b, b) is that of ``M N`` outside the basis, N being what the last block added to the rows of
+    ``P = Qᵀ M``. With ``P Pᵀ = L Lᵀ``, L's last block has the singular values of N. How large M is
+    on these directions is not known; it is taken to be the Ritz value in the middle, which gave 1.5
+    to 6 times the residuals that gradients of language models have.
 
     Small matrices: on the CPU, and in NumPy, whose calls cost less than PyTorch's.
+
+    Args:
+        gram: ``P Pᵀ``, its lower triangle.
     """
     squares, vectors = torch.linalg.eigh(gram)
     S = np.sqrt(np.maximum(squares.numpy()[::-1], 0.0))
-    W = np.ascontiguousarray(vectors.numpy()[:, ::-1])
-    return _Ritz(S, W, R @ W[-WIDTH:])
+    L, failed = torch.linalg.cholesky_ex(gram)
+    N = S[0] * np.eye(WIDTH) if failed else L[-WIDTH:, -WIDTH:].T.numpy()
+    return S, np.ascontiguousarray(vectors.numpy()[:, ::-1]), S[len(S) // 2] * N
 
 
-def _converged(ritz: _Ritz, rank: int, tolerance: float, eps: float) -> tuple[float, bool]:
+def _error(
+    S: np.ndarray, residuals: np.ndarray, rank: int, tolerance: float, eps: float
+) -> tuple[float, bool]:
     """Return the error estimate, and whether it is below the tolerance, or all but rounding."""
-    S, _, residuals = ritz
     error = min(subspace_error(S, residuals, rank), 1.0)
     floor = max(S[0], np.finfo(S.dtype).tiny) * eps
     relative = residuals[:, :rank] / np.maximum(S[:rank], floor)
     return error, error <= tolerance or np.linalg.norm(relative) <= 8 * floor
 
 
-def _norm(ritz: _Ritz, basis: Tensor, first: Tensor) -> float:
+def _norm(
+    S: np.ndarray, W: np.ndarray, residuals: np.ndarray, basis: Tensor, first: Tensor
+) -> float:
     """Estimate the Frobenius norm of M from what the iteration knows of it.
 
     For singular vectors U_k and a Gaussian Ω (n, b),
@@ -323,11 +332,12 @@ def _norm(ritz: _Ritz, basis: Tensor, first: Tensor) -> float:
     M Ω, and nothing would be left.
 
     Args:
-        ritz: of the basis.
+        S: (k,), Ritz values, descending.
+        W: (k, k), Ritz vectors in the basis.
+        residuals: (b, k), see ``subspace_error``.
         basis: (m, k).
         first: (m, b), ``M Ω``.
     """
-    S, W, residuals = ritz
     squares = S * S
     relative = np.linalg.norm(residuals, axis=0) / np.maximum(squares, np.finfo(S.dtype).tiny)
     k = len(S) if (relative <= CONVERGED).all() else int(np.argmax(relative > CONVERGED))

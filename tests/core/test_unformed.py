@@ -38,8 +38,8 @@ def relative(difference, reference):
 
 
 def wide_llama(**changes):
-    """q_proj (512 x 512) and down_proj (512 x 640) are wide enough, v_proj (128 x 512) is not."""
-    sizes = {"hidden_size": 512, "intermediate_size": 640, "num_key_value_heads": 1}
+    """q_proj (640 x 640) and down_proj (640 x 768) are wide enough, v_proj (160 x 640) is not."""
+    sizes = {"hidden_size": 640, "intermediate_size": 768, "num_key_value_heads": 1}
     return tiny_llama(**{**sizes, "num_hidden_layers": 1, **changes})
 
 
@@ -133,7 +133,7 @@ def test_the_start_is_that_of_the_formed_gradient(method, checkpointing, formed)
     formed.clear()
     peft_model = adapted(model)
     report = lora_one.initialize(peft_model, batches, method=method)
-    assert set(formed) == {(128, 512)}, "only the narrow layer's gradient is formed"
+    assert set(formed) == {(160, 640)}, "only the narrow layer's gradient is formed"
     for ours, theirs in zip(report.layers, expected.layers, strict=True):
         assert ours.captured_energy == pytest.approx(theirs.captured_energy, abs=0.01)
         assert ours.singular_values == pytest.approx(theirs.singular_values, rel=1e-3)
@@ -149,11 +149,11 @@ def test_a_layer_that_runs_twice_is_formed(formed):
     second.self_attn.q_proj = first.self_attn.q_proj
     peft_model = adapted(model, targets=("q_proj",))
     lora_one.initialize(peft_model, batches_for()[:1], method="lora_one", measure_loss=False)
-    assert formed == [(512, 512)] * 2
+    assert formed == [(640, 640)] * 2
 
 
 def test_several_micro_batches_are_added_up_formed_and_joined_ones_are_not(formed):
-    for strategy, expected in (("hold", {(512, 512)}), ("join", set())):
+    for strategy, expected in (("hold", {(640, 640)}), ("join", set())):
         formed.clear()
         peft_model = adapted(wide_llama(), targets=("q_proj",))
         lora_one.initialize(peft_model, batches_for(), method="lora_one", strategy=strategy)
@@ -211,7 +211,7 @@ def test_ranks_are_allocated_from_unformed_gradients_as_from_formed_ones(formed)
 
 def test_what_is_cheaper_follows_from_the_operations():
     assert cheaper_unformed(4096, 4096, 8)
-    assert cheaper_unformed(512, 512, 8)
-    assert not cheaper_unformed(512, 512, 64)
+    assert cheaper_unformed(1376, 512, 8)
+    assert not cheaper_unformed(1376, 512, 64)
     assert not cheaper_unformed(256, 256, 8)
     assert not cheaper_unformed(128, 100_000, 8)
