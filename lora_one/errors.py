@@ -36,6 +36,12 @@ class NonFiniteError(FloatingPointError):
     """A loss, gradient or weight is infinite or not a number; the message says where."""
 
 
+def not_finite(layer: str, what: str = "gradient") -> NonFiniteError:
+    """Return the error for a layer's gradient, or for what else of it is not finite."""
+    advice = "" if what == "weight" else " Try fp32 or bf16 weights, or look at the init rows."
+    return NonFiniteError(f"the {what} of layer '{layer}' is not finite.{advice}")
+
+
 class RunHeldError(InputError):
     """Another live process is doing this run; the message says which, and where.
 

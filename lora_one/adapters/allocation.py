@@ -21,8 +21,8 @@ from torch import Tensor, nn
 from lora_one.adapters.checks import check_readable
 from lora_one.adapters.stored import pattern_key
 from lora_one.adapters.write import Options
-from lora_one.errors import InputError
-from lora_one.gradients.estimate import finite_norm, not_finite
+from lora_one.errors import InputError, not_finite
+from lora_one.gradients.estimate import finite_norm
 from lora_one.gradients.stream import stream_gradients, together
 from lora_one.gradients.tokens import Batch
 from lora_one.layers import (

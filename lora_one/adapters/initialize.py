@@ -33,7 +33,7 @@ from lora_one.adapters.write import (
     start_adapter,
 )
 from lora_one.errors import InputError, nearest
-from lora_one.gradients.estimate import finite_norm, not_finite
+from lora_one.gradients.estimate import finite_norm
 from lora_one.gradients.inputs import Statistic, stream_inputs
 from lora_one.gradients.stream import (
     Ranks,
@@ -394,10 +394,7 @@ def _start(
             gradient, ranks = ranks.add_up(gradient), None
         if ranks is None and isinstance(gradient, Tensor):
             norm = finite_norm(layer.name, gradient)
-    try:
-        factors = None if norm == 0 else compute_factors(layer, options, gradient, ranks, C)
-    except FloatingPointError:
-        raise not_finite(layer.name) from None
+    factors = None if norm == 0 else compute_factors(layer, options, gradient, ranks, C)
     if factors is not None and factors.svd is not None and factors.svd.norm is not None:
         norm = factors.svd.norm
     if norm == 0:

@@ -7,7 +7,7 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 
-from lora_one.errors import NonFiniteError
+from lora_one.errors import not_finite
 from lora_one.gradients.stream import stream_gradients
 from lora_one.gradients.tokens import Batch
 from lora_one.layers import TargetLayer, adapted_layers, plain_layers
@@ -92,14 +92,6 @@ def finite_norm(name: str, gradient: Tensor) -> float:
     if not math.isfinite(norm):
         raise not_finite(name)
     return norm
-
-
-def not_finite(name: str) -> NonFiniteError:
-    """Return the error for a layer's gradient."""
-    return NonFiniteError(
-        f"the gradient of layer '{name}' is not finite. Try fp32 or bf16 weights, or look at "
-        "the init rows."
-    )
 
 
 def _targets(

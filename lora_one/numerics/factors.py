@@ -25,6 +25,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from lora_one.errors import not_finite
+from lora_one.numerics.outer_products import OuterProducts
 from lora_one.numerics.svd import Summands, TruncatedSVD, private_generator, truncated_svd
 
 SCALES = ("stable", "unit", "gd", "weightS")
@@ -59,7 +61,8 @@ class Layer:
         seed: with ``name``, the only source of random numbers.
         name: of the layer in the base model.
         W: (m, n) base weight, where the method needs it.
-        G: (m, n) mean gradient, where the method needs it; or this process's summand of it.
+        G: (m, n) mean gradient, formed or not, where the method needs it; or this process's summand
+            of it.
         summands: the processes that hold the summands of G; None where G is whole.
         C: (n, n) statistic of the layer's inputs, where the method needs it.
         device: where random factors are placed.
@@ -74,7 +77,7 @@ class Layer:
     seed: int = 0
     name: str = ""
     W: Tensor | None = None
-    G: Tensor | None = None
+    G: Tensor | OuterProducts | None = None
     summands: Summands | None = None
     C: Tensor | None = None
     device: torch.device | str = "cpu"
@@ -90,14 +93,30 @@ class Layer:
         return torch.rand(*shape, generator=generator).mul(2).sub(1).to(self.device)
 
     def weight_svd(self) -> TruncatedSVD:
-        """Return the r leading triplets of W; see ``truncated_svd``."""
-        generator = private_generator(self.seed, f"{self.name}/svd")
-        return truncated_svd(self.W, self.r, generator=generator)
+        """Return the r leading triplets of W; see ``svd``."""
+        return self.svd("weight", self.W, self.r)
 
     def gradient_svd(self, rank: int) -> TruncatedSVD:
-        """Return the leading triplets of G, whole or not; see ``truncated_svd``."""
+        """Return the leading triplets of G, whole or not; see ``svd``."""
+        return self.svd("gradient", self.G, rank, self.summands)
+
+    def svd(
+        self,
+        what: str,
+        matrix: Tensor | OuterProducts,
+        rank: int,
+        summands: Summands | None = None,
+    ) -> TruncatedSVD:
+        """Return ``truncated_svd`` of what belongs to the layer, from the layer's random numbers.
+
+        Raises:
+            NonFiniteError: for an entry that is not finite, naming the layer.
+        """
         generator = private_generator(self.seed, f"{self.name}/svd")
-        return truncated_svd(self.G, rank, generator=generator, summands=self.summands)
+        try:
+            return truncated_svd(matrix, rank, generator=generator, summands=summands)
+        except FloatingPointError:
+            raise not_finite(self.name, what) from None
 
 
 def size_factors(layer: Layer) -> tuple[float, float, float]:
@@ -178,6 +197,8 @@ def olora(layer: Layer) -> Factors:
     has no effect.
     """
     Q, R = torch.linalg.qr(layer.W.to(torch.promote_types(layer.W.dtype, torch.float32)))
+    if not torch.isfinite(R).all():
+        raise not_finite(layer.name, "weight")
     return Factors(Q[:, : layer.r], R[: layer.r])
 
 
@@ -189,8 +210,7 @@ def eva(layer: Layer) -> Factors:
     is that of the centred inputs over the root of their number, and its captured energy EVA's
     explained variance. ``scale`` has no effect.
     """
-    generator = private_generator(layer.seed, f"{layer.name}/svd")
-    svd = truncated_svd(layer.C, layer.r, generator=generator)
+    svd = layer.svd("inputs", layer.C, layer.r)
     svd = svd._replace(
         S=svd.S.sqrt(),
         next_value=math.sqrt(svd.next_value),
@@ -210,8 +230,7 @@ def corda(layer: Layer) -> Factors:
     W, C = layer.W.to(dtype), layer.C.to(dtype)
     eye = torch.eye(layer.n, dtype=dtype, device=C.device)
     WC = W @ (C + CORDA_DAMPING * C.diagonal().mean() * eye)
-    generator = private_generator(layer.seed, f"{layer.name}/svd")
-    svd = truncated_svd(WC, layer.r, generator=generator)
+    svd = layer.svd("weight", WC, layer.r)
     root = (svd.S / layer.s).sqrt()
     # A direction of no size gets no start: 0 instead of 0 / 0.
     A = torch.where(root > 0, 1 / (layer.s * root), 0.0)[:, None] * (svd.U.mT @ W)

@@ -227,3 +227,19 @@ def test_a_failed_search_of_gamma_leaves_the_model_alone(llama):
         with pytest.raises(lora_one.InputError, match="no stable_gamma gives a finite loss"):
             lora_one.initialize(peft_model, batches_for(), stable_gamma="auto", **ONE)
     unchanged(peft_model, before)
+
+
+@pytest.mark.parametrize("method", ["pissa", "olora"])
+@pytest.mark.parametrize("width", [32, 160])  # decomposed by LAPACK, and by iteration
+def test_a_weight_that_is_not_finite_is_named_before_anything_changes(method, width):
+    peft_model = adapted(tiny_llama(hidden_size=width, intermediate_size=160))
+    layer = peft_model.get_base_model().model.layers[1].mlp.down_proj
+    with torch.no_grad():
+        layer.base_layer.weight[3, 5] = float("nan")
+    before = {name: value.clone() for name, value in peft_model.state_dict().items()}
+    with pytest.raises(
+        lora_one.NonFiniteError, match=r"weight of layer 'model\.layers\.1\.mlp\.down"
+    ):
+        lora_one.initialize(peft_model, method=method)
+    for name, value in peft_model.state_dict().items():
+        torch.testing.assert_close(value, before[name], rtol=0, atol=0, equal_nan=True)
