@@ -146,16 +146,16 @@ def allocate_ranks(
     def measure(name: str, matrix: Tensor | OuterProducts, norm: float | None = None) -> None:
         generator = private_generator(seed, f"{name}/svd")
         summands = None if norm is not None else ranks
-        svd = truncated_svd(matrix, counts[name], generator=generator, summands=summands)
+        try:
+            svd = truncated_svd(matrix, counts[name], generator=generator, summands=summands)
+        except FloatingPointError:
+            raise not_finite(name, spec.needs) from None
         squares[name] = svd.S.double().square().tolist()
         totals[name] = (svd.norm if norm is None else norm) ** 2
 
     def measure_gradient(name: str, G: Tensor | OuterProducts) -> None:
         whole = ranks is None and isinstance(G, Tensor)
-        try:
-            measure(name, G, finite_norm(name, G) if whole else None)
-        except FloatingPointError:
-            raise not_finite(name) from None
+        measure(name, G, finite_norm(name, G) if whole else None)
 
     if spec.needs == "weight":
         for layer in layers:

@@ -219,7 +219,8 @@ def initialize_adapters(
 ) -> InitReport:
     """Start an adapter from explicit gradients, as ``estimate_gradients`` returns them.
 
-    The same seeds give the same factors as ``initialize``, where every option is explained.
+    The same seeds give the same factors as ``initialize``, to rounding; there every option is
+    explained.
 
     Args:
         peft_model: with a LoRA adapter.

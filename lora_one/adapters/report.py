@@ -17,8 +17,8 @@ class LayerReport:
         next_singular_value: the largest one left out.
         svd_error: estimated sine of the angle to the exact singular subspaces, root mean square
             over the triplets; 0 where LAPACK's full decomposition was used.
-        captured_energy: share of the squared Frobenius norm in ``singular_values``; where G was
-            not formed, of an estimate that is off by a percent or so.
+        captured_energy: share of the squared Frobenius norm in ``singular_values``; where no
+            process held the whole G, of an estimate of it, see ``truncated_svd``.
         norm_ratio: ``||s B0 A0||_F / ||W||_F``; None where W is packed, or cut up by FSDP1 or
             ZeRO-3.
     """

@@ -28,6 +28,7 @@ from lora_one.layers import (
 )
 from lora_one.numerics.factors import SCALES, Factors, Layer, clip_to_weight
 from lora_one.numerics.methods import METHODS, Method
+from lora_one.numerics.outer_products import OuterProducts
 from lora_one.numerics.precision import full_precision
 from lora_one.numerics.svd import Summands
 from lora_one.sharding import reshard
@@ -126,7 +127,7 @@ def remember(
 def compute_factors(
     layer: AdaptedLayer,
     options: Options,
-    gradient: Tensor | None,
+    gradient: Tensor | OuterProducts | None,
     summands: Summands | None = None,
     C: Tensor | None = None,
 ) -> Factors:

@@ -105,7 +105,7 @@ def stream_gradients(
     ranks = together()
 
     def deliver(name: str, gradient: Tensor | OuterProducts) -> None:
-        gradient /= total
+        gradient /= total  # in place where it was formed
         consume(name, ranks.add_up(gradient) if add_up and ranks else gradient)
 
     for index, group in enumerate(todo.groups):

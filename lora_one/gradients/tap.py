@@ -150,7 +150,7 @@ def unformed_gradient(x: Tensor, grad_output: Tensor) -> OuterProducts:
     """Return the same sum as the vectors that it consists of, in at least fp32."""
     g, x = grad_output.flatten(0, -2), x.flatten(0, -2)
     dtype = computing_dtype(g, x)
-    return OuterProducts(g.to(dtype), x.to(dtype))
+    return OuterProducts(g.to(dtype).contiguous(), x.to(dtype).contiguous())
 
 
 def _make_hook(

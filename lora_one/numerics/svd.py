@@ -31,8 +31,8 @@ NEW_DIRECTION = 1e-3
 """Below this, relative to about σ_0², what a product adds to the basis is partly rounding."""
 OUTSIDE = 0.1
 """Where less of a unit vector than this is outside the basis, a random one goes in its place."""
-CONVERGED = 0.03
-"""Residual relative to σ² up to which a Ritz vector is taken not to depend on the start."""
+PINNED_DOWN = 0.03
+"""Residual, relative to the gap after it, up to which a subspace does not depend on the start."""
 NOT_FINITE = "the matrix has entries that are not finite."
 
 
@@ -120,7 +120,8 @@ def truncated_svd(
             added up itself; results agree up to rounding.
 
     A matrix that nobody holds, a sum over processes or of outer products, has its norm from the
-    triplets that were found and the first block's products, to a percent or so, see ``_norm``.
+    triplets that were found and the first block's products: to a percent or two, but for singular
+    values that coincide more than 16 times, see ``_norm``.
 
     Raises:
         ValueError: if ``rank`` is not between 1 and ``min(m, n)``.
@@ -192,7 +193,7 @@ def subspace_error(S: np.ndarray, residuals: np.ndarray, rank: int) -> float:
         a relative gap of ``SMALLEST_GAP`` in σ.
     """
     squares = S * S
-    outside = squares[max(rank, len(S) // 4)]
+    outside = _size_outside(squares, rank)
     # More than nothing where M has fewer than r directions: a rounding error over 0 is no number.
     least = np.finfo(S.dtype).eps * squares[0] + np.finfo(S.dtype).tiny
     smallest = (1 - (1 - SMALLEST_GAP) ** 2) * squares[rank - 1] + least
@@ -227,41 +228,37 @@ def _krylov(
     eps = torch.finfo(M.dtype).eps
     columns = min(3 * rank + MAX_COLUMNS, m) // WIDTH * WIDTH
     Q = torch.empty(columns, m, dtype=M.dtype, device=M.device).mT  # basis; a block is contiguous
-    # In fp64, because P Pᵀ holds squares: fp32 would blur σ below 1e-3 σ_0.
-    P = torch.empty(columns, n, dtype=torch.float64, device=M.device)  # Qᵀ M
-    gram = P.new_empty(columns, columns)  # P Pᵀ, the lower triangle
+    P = torch.empty(columns, n, dtype=M.dtype, device=M.device)  # Qᵀ M
     Omega = torch.randn(n, WIDTH, generator=generator, dtype=M.dtype).to(M.device)
     first = whole(_product(M, Omega))
-    block, R = torch.linalg.qr(first)
-    size = float(R.abs().max())
-    if not math.isfinite(size):
+    largest = float(first.abs().max())
+    if not math.isfinite(largest):
         raise FloatingPointError(NOT_FINITE)
-    exponent = math.frexp(size)[1]
+    exponent = math.frexp(largest)[1]
     if abs(exponent) > LARGEST_EXPONENT:
         size = 2.0**exponent
         svd = _krylov(M / size, rank, tolerance, generator, summands, held)
         norm = None if svd.norm is None else size * svd.norm
         return svd._replace(S=size * svd.S, next_value=size * svd.next_value, norm=norm)
-
-    def agreed(number: int) -> int:
-        return number if summands is None else int(summands.agree(Q.new_tensor([float(number)])))
-
+    block = torch.linalg.qr(first).Q
     look = 2 * rank + 2 * WIDTH  # with fewer columns it is rarely enough
     for end in range(WIDTH, columns + 1, WIDTH):
         block = processes.agree(block)
         Q[:, end - WIDTH : end] = block
         basis, row = Q[:, :end], whole(_product(M.mT, block))
         P[end - WIDTH : end] = row.mT
-        gram[end - WIDTH : end, :end] = P[end - WIDTH : end] @ P[:end].mT
         if end == WIDTH:
-            scale = float(gram.diagonal()[:WIDTH].max())
+            scale = float(row.square().sum(0).max())
         looking = end >= min(look, columns)  # costs O(end³), a block without a look little
         if looking:
-            S, W, R = _ritz_vectors(gram[:end, :end].cpu())
-            residuals = R @ W[-WIDTH:]
-            error, enough = _error(S, residuals, rank, tolerance, eps)
-            if agreed(enough):
-                break
+            # In fp64, because P Pᵀ holds squares: fp32 would blur σ below 1e-3 σ_0.
+            wide = P[:end].double()
+            gram = (wide @ wide.mT).cpu()
+            S, W = _ritz_vectors(gram)
+            residuals = _expected_remainder(gram, S, rank) @ W[-WIDTH:]
+            error, enough = _assess(S, residuals, rank, tolerance, eps)
+            if _agreed(enough, summands, Q):
+                break  # the next product would only confirm it
         remainder = whole(_product(M, row))
         for _ in range(2):  # again, for fp32's rounding
             remainder = remainder.addmm(basis, basis.mT @ remainder, alpha=-1)
@@ -269,9 +266,10 @@ def _krylov(
         R = R.cpu().double().numpy()
         if looking:
             residuals = R @ W[-WIDTH:]
-            error, enough = _error(S, residuals, rank, tolerance, eps)
-            # A block makes the error smaller by about 10. Processes look in step.
-            more = agreed(0 if enough else max(1, round(math.log10(error / tolerance))))
+            error, enough = _assess(S, residuals, rank, tolerance, eps)
+            # A block makes the error smaller by about 10.
+            more = 0 if enough else max(1, round(math.log10(error / tolerance)))
+            more = _agreed(more, summands, Q)
             if more == 0:
                 break
             look = end + WIDTH * more
@@ -279,71 +277,100 @@ def _krylov(
                 M = M.form()  # products have cost as much already, and one with M costs less
         if abs(R.diagonal()).min() <= NEW_DIRECTION * scale:
             block = _outside(basis, block)
-    W_r = torch.from_numpy(W[:, :rank]).to(P)
+    W_r = torch.from_numpy(W[:, :rank]).to(wide)
     # P Wᵀ = S Vᵀ with orthogonal rows; QR normalises them, and completes them where S = 0.
-    V, R = torch.linalg.qr((P[:end].mT @ W_r).to(Q))
+    V, R = torch.linalg.qr((wide.mT @ W_r).to(Q))
     V *= torch.where(R.diagonal() < 0, -1.0, 1.0)
+    norm = None if held else _norm(S, W, residuals, rank, basis, first, Omega)
     S_r = torch.from_numpy(S[:rank]).to(Q)
-    norm = None if held else _norm(S, W, residuals, basis, first)
     return TruncatedSVD(basis @ W_r.to(Q), S_r, V.mT, float(S[rank]), error, norm)
 
 
-def _ritz_vectors(gram: Tensor) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return σ (k,) descending, Ritz vectors (k, k), and what the next block's R may be at most.
+def _agreed(number: int, summands: Summands | None, like: Tensor) -> int:
+    """Return the first process's number, so that all look, and stop, in step."""
+    if summands is None:
+        return number
+    return int(summands.agree(like.new_tensor([float(number)])))
 
-    R (b, b) is that of ``M N`` outside the basis, N being what the last block added to the rows of
-    ``P = Qᵀ M``. With ``P Pᵀ = L Lᵀ``, L's last block has the singular values of N. How large M is
-    on these directions is not known; it is taken to be the Ritz value in the middle, which gave 1.5
-    to 6 times the residuals that gradients of language models have.
 
-    Small matrices: on the CPU, and in NumPy, whose calls cost less than PyTorch's.
+def _ritz_vectors(gram: Tensor) -> tuple[np.ndarray, np.ndarray]:
+    """Return Ritz values σ (k,) of M, descending, and vectors (k, k) in the basis.
+
+    Small matrices from here on: on the CPU, and in NumPy, whose calls cost less than PyTorch's.
 
     Args:
-        gram: ``P Pᵀ``, its lower triangle.
+        gram: ``Qᵀ M Mᵀ Q``, (k, k), fp64.
     """
     squares, vectors = torch.linalg.eigh(gram)
     S = np.sqrt(np.maximum(squares.numpy()[::-1], 0.0))
+    return S, np.ascontiguousarray(vectors.numpy()[:, ::-1])
+
+
+def _expected_remainder(gram: Tensor, S: np.ndarray, rank: int) -> np.ndarray:
+    """Return what the next block's R (b, b) is expected to be at most, without a product with M.
+
+    R is that of ``M N`` outside the basis, N (n, b) being what the last block added to the rows of
+    ``P = Qᵀ M``. With ``P Pᵀ = L Lᵀ``, L's last block has the singular values of N. How large M is
+    on it is taken from ``_size_outside``. It gave 3 to 25 times the residuals that gradients of
+    language models have.
+    """
     L, failed = torch.linalg.cholesky_ex(gram)
     N = S[0] * np.eye(WIDTH) if failed else L[-WIDTH:, -WIDTH:].T.numpy()
-    return S, np.ascontiguousarray(vectors.numpy()[:, ::-1]), S[len(S) // 2] * N
+    return _size_outside(S, rank) * N
 
 
-def _error(
+def _size_outside(S: np.ndarray, rank: int) -> float:
+    """Return how large M is taken to be outside the basis: the Ritz value a quarter down."""
+    return S[max(rank, len(S) // 4)]
+
+
+def _assess(
     S: np.ndarray, residuals: np.ndarray, rank: int, tolerance: float, eps: float
 ) -> tuple[float, bool]:
     """Return the error estimate, and whether it is below the tolerance, or all but rounding."""
     error = min(subspace_error(S, residuals, rank), 1.0)
     floor = max(S[0], np.finfo(S.dtype).tiny) * eps
     relative = residuals[:, :rank] / np.maximum(S[:rank], floor)
-    return error, error <= tolerance or np.linalg.norm(relative) <= 8 * floor
+    return error, error <= tolerance or bool(np.linalg.norm(relative) <= 8 * floor)
 
 
 def _norm(
-    S: np.ndarray, W: np.ndarray, residuals: np.ndarray, basis: Tensor, first: Tensor
+    S: np.ndarray,
+    W: np.ndarray,
+    residuals: np.ndarray,
+    rank: int,
+    basis: Tensor,
+    first: Tensor,
+    Omega: Tensor,
 ) -> float:
     """Estimate the Frobenius norm of M from what the iteration knows of it.
 
     For singular vectors U_k and a Gaussian Ω (n, b),
 
-        ``||M||² = Σ_{i<k} σ_i² + E ||(I - U_k U_kᵀ) M Ω||² / b``
+        ``||M||² = Σ_{i<=k} σ_i² + n E ||(I - U_k U_kᵀ) M Ω||² / ||Ω||²``
 
     (Hutch++, Meyer et al. 2021). M Ω is the first block of the iteration itself. That is allowed
-    because converged Ritz vectors are M's, whatever Ω was. All of them together are not: they hold
-    M Ω, and nothing would be left.
+    where U_k spans a subspace of M's that is pinned down, by a gap after it that is large beside
+    the residuals: it is the same whatever Ω was. The whole basis is not, nor are a few Ritz vectors
+    out of a cluster: they hold M Ω, and nothing of the rest would be seen.
 
     Args:
         S: (k,), Ritz values, descending.
         W: (k, k), Ritz vectors in the basis.
         residuals: (b, k), see ``subspace_error``.
+        rank: that many are taken to be pinned down.
         basis: (m, k).
         first: (m, b), ``M Ω``.
+        Omega: (n, b), Ω.
     """
     squares = S * S
-    relative = np.linalg.norm(residuals, axis=0) / np.maximum(squares, np.finfo(S.dtype).tiny)
-    k = len(S) if (relative <= CONVERGED).all() else int(np.argmax(relative > CONVERGED))
+    leaning = np.sqrt(np.square(residuals).sum(0).cumsum())[:-1]
+    pinned = np.flatnonzero(leaning <= PINNED_DOWN * (squares[:-1] - squares[1:]))
+    k = max(rank, int(pinned[-1]) + 1 if len(pinned) else 0)
     known = W[:, :k].T @ (basis.mT @ first).cpu().double().numpy()
     rest = float(first.double().square().sum()) - np.vdot(known, known)
-    return math.sqrt(squares[:k].sum() + max(rest, 0.0) / first.shape[1])
+    size = float(Omega.double().square().sum()) / len(Omega)
+    return math.sqrt(squares[:k].sum() + max(rest, 0.0) / size)
 
 
 def _outside(basis: Tensor, block: Tensor) -> Tensor:

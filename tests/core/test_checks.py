@@ -237,9 +237,11 @@ def test_a_weight_that_is_not_finite_is_named_before_anything_changes(method, wi
     with torch.no_grad():
         layer.base_layer.weight[3, 5] = float("nan")
     before = {name: value.clone() for name, value in peft_model.state_dict().items()}
-    with pytest.raises(
-        lora_one.NonFiniteError, match=r"weight of layer 'model\.layers\.1\.mlp\.down"
-    ):
+    message = r"weight of layer 'model\.layers\.1\.mlp\.down"
+    with pytest.raises(lora_one.NonFiniteError, match=message):
         lora_one.initialize(peft_model, method=method)
     for name, value in peft_model.state_dict().items():
         torch.testing.assert_close(value, before[name], rtol=0, atol=0, equal_nan=True)
+    if method == "pissa":
+        with pytest.raises(lora_one.NonFiniteError, match=message):
+            lora_one.allocate_ranks(peft_model.unload(), rank=2, method=method)
