@@ -120,8 +120,7 @@ def truncated_svd(
             added up itself; results agree up to rounding.
 
     A matrix that nobody holds, a sum over processes or of outer products, has its norm from the
-    triplets that were found and the first block's products: to a percent or two, but for singular
-    values that coincide more than 16 times, see ``_norm``.
+    triplets that were found and the first block's products, to a percent or two; see ``_norm``.
 
     Raises:
         ValueError: if ``rank`` is not between 1 and ``min(m, n)``.
@@ -352,7 +351,8 @@ def _norm(
     (Hutch++, Meyer et al. 2021). M Ω is the first block of the iteration itself. That is allowed
     where U_k spans a subspace of M's that is pinned down, by a gap after it that is large beside
     the residuals: it is the same whatever Ω was. The whole basis is not, nor are a few Ritz vectors
-    out of a cluster: they hold M Ω, and nothing of the rest would be seen.
+    out of a cluster: they hold M Ω, and nothing of the rest would be seen. So k is the last such
+    gap up to b, because a basis shows b copies of a singular value, however many there are.
 
     Args:
         S: (k,), Ritz values, descending.
@@ -364,8 +364,8 @@ def _norm(
         Omega: (n, b), Ω.
     """
     squares = S * S
-    leaning = np.sqrt(np.square(residuals).sum(0).cumsum())[:-1]
-    pinned = np.flatnonzero(leaning <= PINNED_DOWN * (squares[:-1] - squares[1:]))
+    leaning = np.sqrt(np.square(residuals[:, :WIDTH]).sum(0).cumsum())
+    pinned = np.flatnonzero(leaning <= PINNED_DOWN * (squares[:WIDTH] - squares[1 : WIDTH + 1]))
     k = max(rank, int(pinned[-1]) + 1 if len(pinned) else 0)
     known = W[:, :k].T @ (basis.mT @ first).cpu().double().numpy()
     rest = float(first.double().square().sum()) - np.vdot(known, known)

@@ -294,7 +294,7 @@ def test_ranks_add_up_products_of_wide_layers_and_start_like_one_process(case, c
             ours = factors[name][0] @ factors[name][1]
             assert float((ours - B @ A).norm() / (B @ A).norm()) < 1e-3, name
         for energy, layer in zip(energies, report.layers, strict=True):
-            assert energy == pytest.approx(layer.captured_energy, rel=0.02)
+            assert energy == pytest.approx(layer.captured_energy, rel=0.05)  # an estimate
         assert max(sizes) == 192 * 768, "only the narrow layer's gradient is sent whole"
         assert sum(sizes) - max(sizes) < 768 * 768 / 2, "half of what each wide layer would be"
 
@@ -311,7 +311,7 @@ def test_all_ranks_allocate_what_one_process_does(case, make, count, method, ran
     expected, energy = allocated(make(), batches_for(rows=ROWS)[:count], method)
     assert ranks[0][case] == ranks[1][case]
     assert ranks[0][case][0] == expected
-    assert ranks[0][case][1] == pytest.approx(energy, rel=0.02)
+    assert ranks[0][case][1] == pytest.approx(energy, rel=0.05)
 
 
 def test_batches_that_one_rank_cannot_use_stop_all_ranks(ranks):

@@ -153,7 +153,7 @@ def test_the_start_is_that_of_the_formed_gradient(method, checkpointing, formed)
     report = lora_one.initialize(peft_model, batches, method=method)
     assert set(formed) == {(160, 640)}, "only the narrow layer's gradient is formed"
     for ours, theirs in zip(report.layers, expected.layers, strict=True):
-        assert ours.captured_energy == pytest.approx(theirs.captured_energy, abs=0.01)
+        assert ours.captured_energy == pytest.approx(theirs.captured_energy, rel=0.05)
         assert ours.singular_values == pytest.approx(theirs.singular_values, rel=1e-3)
     for module, other in zip(peft_model.modules(), reference.modules(), strict=True):
         if hasattr(module, "lora_A"):
@@ -224,7 +224,7 @@ def test_ranks_are_allocated_from_unformed_gradients_as_from_formed_ones(formed)
     halves = [{key: value[i : i + 1] for key, value in whole[0].items()} for i in range(3)]
     same = lora_one.allocate_ranks(model, halves, strategy="hold", **options)
     assert found.ranks == same.ranks
-    assert found.captured_energy == pytest.approx(same.captured_energy, rel=0.02)
+    assert found.captured_energy == pytest.approx(same.captured_energy, rel=0.05)
 
 
 def test_what_is_cheaper_follows_from_the_operations():
