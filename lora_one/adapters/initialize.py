@@ -26,17 +26,11 @@ from lora_one.adapters.checks import (
 )
 from lora_one.adapters.gamma import is_auto, rescale, search_gamma, share
 from lora_one.adapters.report import InitReport, LayerReport
-from lora_one.adapters.write import (
-    Options,
-    compute_factors,
-    layer_report,
-    start_adapter,
-)
+from lora_one.adapters.start import start_layer, stays_unformed
+from lora_one.adapters.write import Options, start_adapter
 from lora_one.errors import InputError, nearest
-from lora_one.gradients.estimate import finite_norm
 from lora_one.gradients.inputs import Statistic, stream_inputs
 from lora_one.gradients.stream import (
-    Ranks,
     agreed_batches,
     mean_loss,
     stream_gradients,
@@ -47,12 +41,10 @@ from lora_one.layers import (
     AdaptedLayer,
     adapted_layers,
     check_adapter,
-    computing_device,
     other_adapted,
 )
 from lora_one.numerics.factors import Factors
 from lora_one.numerics.outer_products import OuterProducts
-from lora_one.numerics.svd import cheaper_unformed, expected_columns
 
 
 def initialize(
@@ -147,10 +139,12 @@ def initialize(
         gradient: Tensor | OuterProducts | None = None,
         inputs: Statistic | None = None,
     ) -> None:
-        start = _start(by_name[name], options, gradient, report, ranks, inputs)
+        start = start_layer(by_name[name], options, gradient, report, ranks, inputs)
         if start is not None:
             starts[name], reports[name] = start
 
+    if options.spec.needs != "gradient" and measure_loss and batches is not None and layers:
+        report.loss_before = mean_loss(peft_model, batches, train=train, seed=seed, adapters=False)
     if options.spec.needs == "gradient":
         sweep = stream_gradients(
             peft_model,
@@ -162,27 +156,22 @@ def initialize(
             strategy=strategy,
             memory_budget=memory_budget,
             add_up=False,
-            unformed={layer.name for layer in layers if _stays_unformed(layer, options, ranks)},
+            unformed={layer.name for layer in layers if stays_unformed(layer, options, ranks)},
         )
         report.loss_before, report.tokens = sweep.loss, sweep.tokens
         report.strategy = sweep.strategy
+    elif options.spec.inputs:
+        stream_inputs(
+            peft_model,
+            batches,
+            layers,
+            lambda name, inputs: decompose(name, inputs=inputs),
+            statistic=options.spec.inputs,
+            memory_budget=memory_budget,
+        )
     else:
-        if measure_loss and batches is not None and layers:
-            report.loss_before = mean_loss(
-                peft_model, batches, train=train, seed=seed, adapters=False
-            )
-        if options.spec.inputs:
-            stream_inputs(
-                peft_model,
-                batches,
-                layers,
-                lambda name, inputs: decompose(name, inputs=inputs),
-                statistic=options.spec.inputs,
-                memory_budget=memory_budget,
-            )
-        else:
-            for name in by_name:
-                decompose(name)
+        for name in by_name:
+            decompose(name)
     starts = _agreed(starts)
     if auto:
         with _alone(peft_model, adapter_name):
@@ -264,7 +253,7 @@ def initialize_adapters(
     starts, reports = {}, {}
     for layer in layers:
         gradient = gradients[layer.name].to(layer.A.device) if needs_gradient else None
-        start = _start(layer, options, gradient, report)
+        start = start_layer(layer, options, gradient, report)
         if start is not None:
             starts[layer.name], reports[layer.name] = start
     starts = _agreed(starts)
@@ -362,75 +351,6 @@ def _agreed(starts: dict[str, Factors]) -> dict[str, Factors]:
         )
         for name, factors in sorted(starts.items())
     }
-
-
-def _start(
-    layer: AdaptedLayer,
-    options: Options,
-    gradient: Tensor | OuterProducts | None,
-    report: InitReport,
-    ranks: Ranks | None = None,
-    inputs: Statistic | None = None,
-) -> tuple[Factors, LayerReport] | None:
-    """Return a layer's factors and report, or None if its gradient is zero or no input reached it.
-
-    Args:
-        layer: the layer.
-        options: the method and its options.
-        gradient: of the layer; None for methods that use none.
-        report: told of a layer that is left alone.
-        ranks: if given, ``gradient`` is this rank's summand.
-        inputs: of the layer; None for methods that use none.
-    """
-    norm = None
-    if inputs is not None and inputs.count == 0:
-        report.left_to_peft.append(layer.name)
-        report.warnings.append(
-            f"no input other than zero reaches '{layer.name}'; the layer keeps PEFT's own start."
-        )
-        return None
-    C = None if inputs is None else inputs.of_rank(layer.name, layer.r)
-    if gradient is not None:
-        if ranks is not None and not _adds_up_products(layer, options):
-            gradient, ranks = ranks.add_up(gradient), None
-        if ranks is None and isinstance(gradient, Tensor):
-            norm = finite_norm(layer.name, gradient)
-    factors = None if norm == 0 else compute_factors(layer, options, gradient, ranks, C)
-    if factors is not None and factors.svd is not None and factors.svd.norm is not None:
-        norm = factors.svd.norm
-    if norm == 0:
-        report.left_to_peft.append(layer.name)
-        report.warnings.append(
-            f"the gradient of '{layer.name}' is zero; the layer keeps PEFT's own start."
-        )
-        return None
-    # The decomposition is as large as the factors, or larger, and all layers wait for the last.
-    return factors._replace(svd=None), layer_report(layer, factors, norm)
-
-
-def _adds_up_products(layer: AdaptedLayer, options: Options) -> bool:
-    """Tell whether ranks add up products with G rather than G: where that sends less.
-
-    Each column of the basis is multiplied with G from both sides and agreed on once, about
-    ``1.5 columns (m + n)`` numbers in two dozen messages, against ``m n`` in one. Below a third of
-    the volume the messages' latency is worth it.
-    """
-    m, n = layer.shape
-    columns = expected_columns(options.spec.rank_multiple * layer.r)
-    return options.spec.triplets_only and m * n >= 4.5 * columns * (m + n)
-
-
-def _stays_unformed(layer: AdaptedLayer, options: Options, ranks: Ranks | None) -> bool:
-    """Tell whether to multiply with the tokens' vectors rather than with G formed from them.
-
-    On GPUs tensor cores form G for less.
-    """
-    return (
-        options.spec.triplets_only
-        and cheaper_unformed(*layer.shape, options.spec.rank_multiple * layer.r)
-        and (ranks is None or _adds_up_products(layer, options))
-        and computing_device(layer.module).type == "cpu"
-    )
 
 
 def _finish(

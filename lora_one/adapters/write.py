@@ -17,20 +17,15 @@ from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.dora import DoraLinearLayer
 from torch import Tensor
 
-from lora_one.adapters.report import LayerReport
 from lora_one.errors import InputError, nearest
 from lora_one.layers import (
     AdaptedLayer,
     base_weight,
-    is_out_of_reach,
-    is_readable,
     write_base_weight,
 )
-from lora_one.numerics.factors import SCALES, Factors, Layer, clip_to_weight
+from lora_one.numerics.factors import SCALES, Factors
 from lora_one.numerics.methods import METHODS, Method
-from lora_one.numerics.outer_products import OuterProducts
 from lora_one.numerics.precision import full_precision
-from lora_one.numerics.svd import Summands
 from lora_one.sharding import reshard
 
 _STATE = "lora_one_initial_state"
@@ -122,74 +117,6 @@ def remember(
     setattr(peft_model.base_model, _STATE, states)
     for layer in layers:
         setattr(layer.peft_layer.lora_A[adapter_name], _STATE, state)
-
-
-def compute_factors(
-    layer: AdaptedLayer,
-    options: Options,
-    gradient: Tensor | OuterProducts | None,
-    summands: Summands | None = None,
-    C: Tensor | None = None,
-) -> Factors:
-    """Return the method's B (out, r) and A (r, in) in the computing dtype, before rounding.
-
-    Args:
-        layer: the layer.
-        options: the method and its options.
-        gradient: where the method needs it; this rank's summand of it if ``summands`` is given.
-        summands: the ranks.
-        C: (in, in) statistic of the layer's inputs where the method needs it.
-    """
-    m, n = layer.shape
-    W = base_weight(layer.module) if options.reads_weight else None
-    problem = Layer(
-        m=m,
-        n=n,
-        r=layer.r,
-        s=layer.s,
-        scale=options.scale,
-        gamma=options.stable_gamma,
-        seed=options.seed,
-        name=layer.name,
-        W=W,
-        G=gradient,
-        summands=summands,
-        C=C,
-        device=layer.A.device,
-    )
-    with full_precision(layer.A.device):
-        factors = options.spec.function(problem)
-        return clip_to_weight(factors, W, layer.s) if options.norm_clip else factors
-
-
-def layer_report(layer: AdaptedLayer, factors: Factors, norm: float | None) -> LayerReport:
-    """Return what is worth knowing about a layer's start; see ``LayerReport``.
-
-    Args:
-        layer: the layer.
-        factors: its start.
-        norm: Frobenius norm of what was decomposed, None for W.
-    """
-    report = LayerReport(layer.name, layer.shape, layer.r)
-    unknown = not is_readable(layer.module) or is_out_of_reach(layer)
-    W_norm = None if unknown else float(base_weight(layer.module).float().norm())
-    if W_norm:
-        report.norm_ratio = product_norm(factors.B, factors.A, layer.s) / W_norm
-    if factors.svd is not None:
-        report.singular_values = factors.svd.S.tolist()
-        report.next_singular_value = factors.svd.next_value
-        report.svd_error = factors.svd.error
-        norm = W_norm if norm is None else norm
-        energy = sum(value**2 for value in report.singular_values)
-        report.captured_energy = min(energy / norm**2, 1.0) if norm else 0.0
-    return report
-
-
-def product_norm(B: Tensor, A: Tensor, s: float) -> float:
-    """Return ``||s B A||_F`` from the r x r Gram matrices: sqrt(tr(BᵀB AAᵀ)) s."""
-    B, A = B.float(), A.float()
-    with full_precision(B.device):
-        return s * float(((B.T @ B) * (A @ A.T)).sum().clamp(min=0).sqrt())
 
 
 @torch.no_grad()

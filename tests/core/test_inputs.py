@@ -277,3 +277,17 @@ def test_a_layer_that_sees_nothing_keeps_pefts_start(llama_batches):
     left = [f"model.layers.0.self_attn.{x}_proj" for x in "qv"]
     assert report.left_to_peft == left
     assert all("no input other than zero" in warning for warning in report.warnings)
+
+
+@pytest.mark.parametrize("method", STATISTICS)
+def test_a_weight_of_zero_and_inputs_that_never_vary_get_finite_factors(method, llama_batches):
+    model = tiny_llama()
+    with torch.no_grad():
+        model.model.layers[0].mlp.down_proj.weight.zero_()
+        model.model.embed_tokens.weight.copy_(torch.ones_like(model.model.embed_tokens.weight))
+    peft_model = adapted(model)
+    report = lora_one.initialize(peft_model, llama_batches, method=method)
+    assert report.left_to_peft == []
+    for B, A in factors(peft_model).values():
+        assert torch.isfinite(B).all()
+        assert torch.isfinite(A).all()
