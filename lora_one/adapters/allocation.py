@@ -25,13 +25,7 @@ from lora_one.errors import InputError, not_finite
 from lora_one.gradients.estimate import finite_norm
 from lora_one.gradients.stream import stream_gradients, together
 from lora_one.gradients.tokens import Batch
-from lora_one.layers import (
-    TargetLayer,
-    base_weight,
-    computing_device,
-    model_device,
-    plain_layers,
-)
+from lora_one.layers import TargetLayer, base_weight, model_device, plain_layers
 from lora_one.numerics.allocation import captured, share_budget
 from lora_one.numerics.outer_products import OuterProducts
 from lora_one.numerics.svd import cheaper_unformed, private_generator, truncated_svd
@@ -140,7 +134,6 @@ def allocate_ranks(
     began = time.perf_counter()
     squares: dict[str, list[float]] = {}
     totals: dict[str, float] = {}
-
     ranks = together()
 
     def measure(name: str, matrix: Tensor | OuterProducts, norm: float | None = None) -> None:
@@ -165,7 +158,6 @@ def allocate_ranks(
     elif batches is None:
         raise InputError(f"the ranks of {method} follow the gradient: pass the init batches.")
     else:
-        on_cpu = [x for x in layers if computing_device(x.module).type == "cpu"]
         stream_gradients(
             model,
             batches,
@@ -176,7 +168,7 @@ def allocate_ranks(
             strategy=strategy,
             memory_budget=memory_budget,
             add_up=False,
-            unformed={x.name for x in on_cpu if cheaper_unformed(*x.shape, counts[x.name])},
+            unformed={x.name for x in layers if cheaper_unformed(*x.shape, counts[x.name])},
         )
     squares = _agreed(squares, model)
     gains = [_per_rank(squares[layer.name], q) for layer in layers]

@@ -30,19 +30,9 @@ from lora_one.adapters.start import start_layer, stays_unformed
 from lora_one.adapters.write import Options, start_adapter
 from lora_one.errors import InputError, nearest
 from lora_one.gradients.inputs import Statistic, stream_inputs
-from lora_one.gradients.stream import (
-    agreed_batches,
-    mean_loss,
-    stream_gradients,
-    together,
-)
+from lora_one.gradients.stream import agreed_batches, mean_loss, stream_gradients, together
 from lora_one.gradients.tokens import Batch
-from lora_one.layers import (
-    AdaptedLayer,
-    adapted_layers,
-    check_adapter,
-    other_adapted,
-)
+from lora_one.layers import AdaptedLayer, adapted_layers, check_adapter, other_adapted
 from lora_one.numerics.factors import Factors
 from lora_one.numerics.outer_products import OuterProducts
 

@@ -7,13 +7,7 @@ from lora_one.adapters.write import Options
 from lora_one.gradients.estimate import finite_norm
 from lora_one.gradients.inputs import Statistic
 from lora_one.gradients.stream import Ranks
-from lora_one.layers import (
-    AdaptedLayer,
-    base_weight,
-    computing_device,
-    is_out_of_reach,
-    is_readable,
-)
+from lora_one.layers import AdaptedLayer, base_weight, is_out_of_reach, is_readable
 from lora_one.numerics.factors import Factors, Layer, clip_to_weight
 from lora_one.numerics.outer_products import OuterProducts
 from lora_one.numerics.precision import full_precision
@@ -51,8 +45,8 @@ def start_layer(
             gradient, ranks = ranks.add_up(gradient), None
         if ranks is None and isinstance(gradient, Tensor):
             norm = finite_norm(layer.name, gradient)
-    factors = None if norm == 0 else _compute_factors(layer, options, gradient, ranks, C)
-    if factors is not None and factors.svd is not None and factors.svd.norm is not None:
+    factors = _compute_factors(layer, options, gradient, ranks, C)
+    if factors.svd is not None and factors.svd.norm is not None:
         norm = factors.svd.norm
     if gradient is not None and norm == 0:
         report.left_to_peft.append(layer.name)
@@ -65,15 +59,11 @@ def start_layer(
 
 
 def stays_unformed(layer: AdaptedLayer, options: Options, ranks: Ranks | None) -> bool:
-    """Tell whether to multiply with the tokens' vectors rather than with G formed from them.
-
-    On GPUs tensor cores form G for less.
-    """
+    """Tell whether to multiply with the tokens' vectors rather than with G formed from them."""
     return (
         options.spec.triplets_only
         and cheaper_unformed(*layer.shape, options.spec.rank_multiple * layer.r)
         and (ranks is None or _adds_up_products(layer, options))
-        and computing_device(layer.module).type == "cpu"
     )
 
 

@@ -75,7 +75,8 @@ def stream_gradients(
             order on every rank, so that ``consume`` may add up over ranks what it makes of them.
         unformed: names of layers whose gradient may come as ``OuterProducts``, good until
             ``consume`` returns, where nothing is added to it: one run of the layer in one
-            micro-batch. Needs ``add_up=False`` and no ``device``.
+            micro-batch. So it comes on CPUs; on GPUs tensor cores form it for less. Needs
+            ``add_up=False`` and no ``device``.
 
     Raises:
         InputError: for batches without anything to learn from (on any rank), a model that returns
@@ -197,7 +198,8 @@ class _Sums:
     def add(self, name: str, x: Tensor, grad_output: Tensor) -> None:
         self.pending[name] -= 1
         complete = self.at_once and not self.pending[name]
-        if complete and name in self.unformed and name not in self.sums:
+        alone = complete and name not in self.sums
+        if alone and name in self.unformed and grad_output.device.type == "cpu":
             self.sums[name] = unformed_gradient(x, grad_output)
         else:
             gradient = weight_gradient(x, grad_output)

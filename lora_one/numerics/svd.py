@@ -130,7 +130,6 @@ def truncated_svd(
     side = min(m, n)
     if not 1 <= rank <= side:
         raise ValueError(f"rank must be between 1 and {side} for shape ({m}, {n}), got {rank}.")
-    held = summands is None and isinstance(matrix, Tensor)
     M = matrix
     if isinstance(matrix, Tensor):
         M = matrix.to(torch.promote_types(matrix.dtype, torch.float32))
@@ -141,15 +140,16 @@ def truncated_svd(
             raise FloatingPointError(NOT_FINITE)
         U, S, Vh = torch.linalg.svd(M, full_matrices=False)
         following = float(S[rank]) if rank < side else 0.0
+        held = summands is None and isinstance(matrix, Tensor)
         norm = None if held else float(S.norm())
         svd = TruncatedSVD(U[:, :rank], S[:rank], Vh[:rank], following, 0.0, norm)
         return _with_signs(svd)
     generator = private_generator(0) if generator is None else generator
     with full_precision(M.device):
         if m > n:  # the basis lives on the shorter side
-            V, S, Uh, *rest = _krylov(M.mT, rank, tolerance, generator, summands, held)
+            V, S, Uh, *rest = _krylov(M.mT, rank, tolerance, generator, summands)
             return _with_signs(TruncatedSVD(Uh.mT, S, V.mT, *rest))
-        return _with_signs(_krylov(M, rank, tolerance, generator, summands, held))
+        return _with_signs(_krylov(M, rank, tolerance, generator, summands))
 
 
 def expected_columns(rank: int) -> int:
@@ -219,8 +219,8 @@ def _krylov(
     tolerance: float,
     generator: torch.Generator,
     summands: Summands | None,
-    held: bool,
 ) -> TruncatedSVD:
+    held = summands is None and isinstance(M, Tensor)
     processes = _Alone() if summands is None else summands
     whole = processes.add_up
     m, n = M.shape
@@ -236,7 +236,7 @@ def _krylov(
     exponent = math.frexp(largest)[1]
     if abs(exponent) > LARGEST_EXPONENT:
         size = 2.0**exponent
-        svd = _krylov(M / size, rank, tolerance, generator, summands, held)
+        svd = _krylov(M / size, rank, tolerance, generator, summands)
         norm = None if svd.norm is None else size * svd.norm
         return svd._replace(S=size * svd.S, next_value=size * svd.next_value, norm=norm)
     block = torch.linalg.qr(first).Q
@@ -266,7 +266,7 @@ def _krylov(
         if looking:
             residuals = R @ W[-WIDTH:]
             error, enough = _assess(S, residuals, rank, tolerance, eps)
-            # A block makes the error smaller by about 10.
+            # A block makes the error smaller by about 10 or more.
             more = 0 if enough else max(1, round(math.log10(error / tolerance)))
             more = _agreed(more, summands, Q)
             if more == 0:
@@ -310,8 +310,8 @@ def _expected_remainder(gram: Tensor, S: np.ndarray, rank: int) -> np.ndarray:
 
     R is that of ``M N`` outside the basis, N (n, b) being what the last block added to the rows of
     ``P = Qᵀ M``. With ``P Pᵀ = L Lᵀ``, L's last block has the singular values of N. How large M is
-    on it is taken from ``_size_outside``. It gave 3 to 25 times the residuals that gradients of
-    language models have.
+    on it is taken from ``_size_outside``. It gave 2 to 27 times the residuals of the
+    gradients in ``scripts/benchmark.py``.
     """
     L, failed = torch.linalg.cholesky_ex(gram)
     N = S[0] * np.eye(WIDTH) if failed else L[-WIDTH:, -WIDTH:].T.numpy()
